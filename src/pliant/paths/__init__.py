@@ -1,0 +1,43 @@
+"""How data becomes noise: paths, predictions, time conventions and grids."""
+
+from pliant.paths.families import GVP, Cosine, Linear, VPContinuous, VPDiscrete
+from pliant.paths.network_time import NetworkTime
+from pliant.paths.path import Coefficients, Path, get_path, known_paths, like, path_from_config, register_path
+from pliant.paths.predictions import PREDICTION_TYPES, AlphaSigma, PredictionType, conversion, prediction_type
+from pliant.paths.times import (
+    TimeDensity,
+    default_times,
+    get_time_density,
+    log_snr_times,
+    respaced_times,
+    shifted_times,
+    uniform_times,
+)
+
+__all__ = [
+    "GVP",
+    "PREDICTION_TYPES",
+    "AlphaSigma",
+    "Coefficients",
+    "Cosine",
+    "Linear",
+    "NetworkTime",
+    "Path",
+    "PredictionType",
+    "TimeDensity",
+    "VPContinuous",
+    "VPDiscrete",
+    "conversion",
+    "default_times",
+    "get_path",
+    "get_time_density",
+    "known_paths",
+    "like",
+    "log_snr_times",
+    "path_from_config",
+    "prediction_type",
+    "register_path",
+    "respaced_times",
+    "shifted_times",
+    "uniform_times",
+]
