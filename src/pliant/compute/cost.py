@@ -1,0 +1,188 @@
+"""The exact cost of one diffusion-transformer call, from its shape alone.
+
+Everything is per image and per forward pass, in whole multiply-adds (MACs); one multiply-add counts 2 FLOPs.
+Papers disagree on what they count, so the cost comes in named parts and a convention is a set of parts:
+
+- `MATMUL`: every matrix product and convolution. Pliant's FLOPs; equal to what `counted_flops` measures.
+- `PUBLISHED`: `MATMUL` plus layer norms. Reproduces the DiT paper's table (it calls MACs "Gflops").
+- `WITHOUT_CONDITIONING`: `MATMUL` minus the work once per image (embedders, adaLN). FlexiDiT's percentages.
+- `BLOCKS`: the transformer blocks' token work only.
+
+Formulas: DiT (arXiv 2212.09748, table of models) as counted by fvcore, FlexiDiT (arXiv 2502.20126).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from pliant.errors import ConfigError, suggest
+
+Convention = frozenset[str]
+"""Names of the fields of `CostParts` that are counted."""
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """What the cost of a call depends on. Letters as in the papers: L depth, D width, N tokens."""
+
+    depth: int
+    """L, transformer blocks."""
+    width: int
+    """D, features per token."""
+    heads: int
+    """Attention heads; they divide the width and do not change the cost."""
+    in_channels: int
+    """C, channels of the latent."""
+    out_channels: int
+    """C_out: C, or 2C with a learned variance."""
+    patch: tuple[int, ...]
+    """Patch sides, (height, width) or (frames, height, width)."""
+    tokens: int
+    """N = product of (size / patch side)."""
+    mlp_ratio: float = 4.0
+    """m: hidden features of the MLP are int(m*D)."""
+    cross_tokens: int = 0
+    """M, text tokens seen by cross-attention (already of width D); 0: no cross-attention."""
+    lora_rank: int = 0
+    """r of unmerged low-rank adapters on self-attention (fused qkv) and MLP linears; 0: none or merged."""
+    frequency_dim: int = 256
+    """Input features of the time embedder's MLP."""
+    classes: int = 0
+    """Rows of the label table, null class included. Costs no arithmetic, only weights."""
+
+    def __post_init__(self) -> None:
+        positive = ("depth", "width", "heads", "in_channels", "out_channels", "tokens", "frequency_dim")
+        for name in (*positive, "cross_tokens", "lora_rank", "classes"):
+            value, least = getattr(self, name), int(name in positive)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(
+                    f"transformer shape has {name}={value!r}; expected a whole number >= {least}."
+                )
+        if not self.patch or not all(isinstance(side, int) and side > 0 for side in self.patch):
+            raise ConfigError(
+                f"transformer shape has patch={self.patch!r}; expected positive whole sides, e.g. (2, 2)."
+            )
+        if self.mlp_ratio <= 0:
+            raise ConfigError(f"transformer shape has mlp_ratio={self.mlp_ratio!r}; expected a number > 0.")
+        if self.width % self.heads:
+            raise ConfigError(
+                f"width {self.width} is not divisible by {self.heads} heads; change one of them."
+            )
+
+    @property
+    def patch_volume(self) -> int:
+        """Latent positions covered by one token."""
+        return math.prod(self.patch)
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden features of the MLP."""
+        return int(self.width * self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class CostParts:
+    """MACs of one call, one field for each kind of work, all blocks together."""
+
+    patch_embed: int
+    """Patchify convolution."""
+    self_projections: int
+    """qkv and output linears of self-attention."""
+    self_attention: int
+    """Q K^T and A V of self-attention; grows with the square of the tokens."""
+    mlp: int
+    """Both linears of every MLP."""
+    cross_projections: int
+    """Query and output linears of cross-attention."""
+    cross_context: int
+    """Key and value linears of cross-attention, on the text tokens."""
+    cross_attention: int
+    """Q K^T and A V of cross-attention."""
+    lora: int
+    """Unmerged low-rank adapters."""
+    final: int
+    """The head: linear from tokens to patches."""
+    modulation: int
+    """adaLN linears of the blocks and the head; once per image."""
+    embedders: int
+    """The time embedder's MLP; once per image. The label table is a look-up."""
+    layer_norm: int
+    """Layer norms as fvcore counts them: one multiply-add per feature."""
+
+    def total(self, convention: Convention) -> int:
+        """Sum of the parts that the convention counts. Raises `ConfigError` for an unknown part."""
+        unknown = convention - ALL_PARTS
+        if unknown:
+            raise ConfigError(f"no cost part {min(unknown)!r}; {suggest(min(unknown), ALL_PARTS)}")
+        return sum(getattr(self, name) for name in convention)
+
+
+ALL_PARTS: Convention = frozenset(field.name for field in fields(CostParts))
+PUBLISHED: Convention = ALL_PARTS
+MATMUL: Convention = PUBLISHED - {"layer_norm"}
+WITHOUT_CONDITIONING: Convention = MATMUL - {"modulation", "embedders"}
+BLOCKS: Convention = WITHOUT_CONDITIONING - {"patch_embed", "final"}
+
+
+def cost_parts(shape: TransformerShape) -> CostParts:
+    """MACs of one image's forward pass through a DiT of this shape, part by part."""
+    L, D, N, M = shape.depth, shape.width, shape.tokens, shape.cross_tokens
+    hidden, rank = shape.mlp_hidden, shape.lora_rank
+    cross = int(M > 0)
+    return CostParts(
+        patch_embed=N * shape.patch_volume * shape.in_channels * D,
+        self_projections=L * N * 4 * D * D,
+        self_attention=L * 2 * N * N * D,
+        mlp=L * N * 2 * D * hidden,
+        cross_projections=cross * L * N * 2 * D * D,
+        cross_context=L * M * 2 * D * D,
+        cross_attention=L * 2 * N * M * D,
+        # Down and up factors of qkv (D -> r -> 3D), the output (D -> r -> D) and the two MLP linears.
+        lora=L * N * rank * ((D + 3 * D) + 2 * D + 2 * (D + hidden)),
+        final=N * D * shape.patch_volume * shape.out_channels,
+        # Six vectors per block and two for the head, from one conditioning vector per image.
+        modulation=L * 6 * D * D + 2 * D * D,
+        embedders=shape.frequency_dim * D + D * D,
+        layer_norm=(2 * L + 1) * N * D,
+    )
+
+
+def macs(shape: TransformerShape, convention: Convention = MATMUL) -> int:
+    """Multiply-adds of one image's forward pass."""
+    return cost_parts(shape).total(convention)
+
+
+def flops(shape: TransformerShape, convention: Convention = MATMUL) -> int:
+    """FLOPs of one image's forward pass; one multiply-add counts 2."""
+    return 2 * macs(shape, convention)
+
+
+def parameter_count(shape: TransformerShape) -> int:
+    """Trainable parameters, position table (a constant) excluded, low-rank factors included."""
+    D, hidden = shape.width, shape.mlp_hidden
+    attention = 4 * D * D + 4 * D
+    block = attention + (2 * D * hidden + hidden + D) + (6 * D * D + 6 * D)
+    if shape.cross_tokens:
+        block += attention
+    block += shape.lora_rank * ((D + 3 * D) + 2 * D + 2 * (D + hidden))
+    patch_embed = shape.patch_volume * shape.in_channels * D + D
+    head_outputs = shape.patch_volume * shape.out_channels
+    final = D * head_outputs + head_outputs + 2 * D * D + 2 * D
+    embedders = shape.frequency_dim * D + D + D * D + D + shape.classes * D
+    return patch_embed + shape.depth * block + final + embedders
+
+
+def weight_bytes(shape: TransformerShape, bytes_per_value: int = 4) -> int:
+    """Bytes of the weights, exact when all of them are stored in one number format."""
+    return parameter_count(shape) * bytes_per_value
+
+
+def activation_bytes(shape: TransformerShape, batch: int = 1, bytes_per_value: int = 4) -> int:
+    """Estimate of the peak activations of a forward pass without gradients, with fused attention.
+
+    The residual stream and one modulated copy of it live beside the widest pair of intermediate tensors: qkv
+    with the attention's output, or the MLP's hidden features before and after the activation function.
+    """
+    widest = max(3 * shape.width + shape.width, 2 * shape.mlp_hidden)
+    return batch * shape.tokens * (2 * shape.width + widest) * bytes_per_value
