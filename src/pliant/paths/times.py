@@ -63,8 +63,8 @@ def _spaced_timesteps(total: int, spec: str) -> list[int]:
         size = total // len(sections) + (1 if i < total % len(sections) else 0)
         if not 1 <= count <= size:
             raise PlanError(f"respacing {spec!r} asks for {count} of {size} timesteps; use 1 to {size}")
-        stride = 1.0 if count <= 1 else (size - 1) / (count - 1)
-        chosen += [start + round(k * stride) for k in range(count)]  # Python rounding, half to even, as official
+        gap = 1.0 if count <= 1 else (size - 1) / (count - 1)
+        chosen += [start + round(k * gap) for k in range(count)]  # Python rounding, half to even, as official
         start += size
     return chosen
 

@@ -1,0 +1,187 @@
+"""The diffusion transformer DiT (arXiv 2212.09748), numerically the official network on the official weights.
+
+Differences of form only: any rectangular grid and patch, positions recomputed instead of stored, and the adaLN
+linears of all blocks kept as one matrix, because they share their input and one product is faster than 2L+1.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pliant.errors import ConfigError, ShapeError, suggest
+from pliant.models.layers import Block, TimestepEmbedder, modulated_norm
+from pliant.models.patches import patch_pair, patchify, token_grid, unpatchify
+from pliant.models.positions import patch_positions
+
+SIZES: dict[str, dict[str, int]] = {
+    "S": {"depth": 12, "width": 384, "heads": 6},
+    "B": {"depth": 12, "width": 768, "heads": 12},
+    "L": {"depth": 24, "width": 1024, "heads": 16},
+    "XL": {"depth": 28, "width": 1152, "heads": 16},
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that determines a DiT's shape and arithmetic."""
+
+    input_size: tuple[int, int] = (32, 32)
+    """Height and width of the (latent) image."""
+    patch_size: tuple[int, int] = (2, 2)
+    in_channels: int = 4
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    class_dropout: float = 0.1
+    """Probability of replacing a label by the null label in training; 0 removes the null row from the table."""
+    learn_sigma: bool = True
+    """The output has twice the channels: prediction, then variance code."""
+    frequency_divisor: int = 128
+    """Of the timestep sinusoid: 128 official, 127 diffusers."""
+    norm2_eps: float = 1e-6
+    """Of each block's second LayerNorm: 1e-6 official, 1e-5 diffusers."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_size", patch_pair(self.input_size))
+        object.__setattr__(self, "patch_size", patch_pair(self.patch_size))
+        if self.width % self.heads or self.width % 4:
+            raise ConfigError(f"width {self.width} must be divisible by 4 and by the number of heads ({self.heads})")
+        if min(self.depth, self.in_channels, self.num_classes) < 1:
+            raise ConfigError("depth, in_channels and num_classes must be at least 1")
+        self.grid()
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def label_rows(self) -> int:
+        return self.num_classes + (1 if self.class_dropout > 0 else 0)
+
+    def grid(self, patch: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Token grid (rows, columns) at a patch size (default: the model's own)."""
+        return token_grid(self.input_size, patch or self.patch_size)
+
+    @staticmethod
+    def named(name: str, **options: Any) -> DiTConfig:
+        """"DiT-XL/2" -> its config; options override fields (e.g. `input_size=64`)."""
+        match = re.fullmatch(r"(?:DiT-|SiT-)?(S|B|L|XL)/(\d+)(?:x(\d+))?", name)
+        if not match:
+            raise ConfigError(f"unknown model name {name!r}: write DiT-S/2, DiT-B/4, DiT-L/2, DiT-XL/2, ...")
+        size, ph, pw = match.groups()
+        return DiTConfig(**{"patch_size": (int(ph), int(pw or ph)), **SIZES[size], **options})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(config: dict[str, Any]) -> DiTConfig:
+        """Inverse of `to_dict`. Raises ConfigError naming an unknown field and the nearest known one."""
+        known = [f.name for f in fields(DiTConfig)]
+        for key in config:
+            if key not in known:
+                raise ConfigError(f"unknown DiT field {key!r}: {suggest(key, known)}")
+        return DiTConfig(**config)
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: one linear map, stored in the layout of a convolution kernel (D, C, ph, pw)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.width, config.in_channels, *config.patch_size))
+        self.bias = nn.Parameter(torch.zeros(config.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, D)."""
+        return embed_patches(x, self.weight, self.bias)
+
+
+def embed_patches(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, C, H, W) and kernel (D, C, ph, pw) -> tokens (B, N, D), row-major."""
+    ph, pw = weight.shape[2:]
+    return F.linear(patchify(x.to(weight.dtype), (ph, pw)), weight.reshape(weight.shape[0], -1), bias)
+
+
+class DiT(nn.Module):
+    """Class-conditional diffusion transformer.
+
+    `forward(x (B,C,H,W), t (B,) network time, y (B,) labels)` -> (B, out_channels, H, W). The null label for
+    classifier-free guidance is `config.num_classes`. Nothing is dropped inside: training objectives drop labels.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.time_embed = TimestepEmbedder(config.width, config.frequency_divisor)
+        self.label_embed = nn.Embedding(config.label_rows, config.width)
+        self.blocks = nn.ModuleList(
+            [Block(config.width, config.heads, config.mlp_ratio, config.norm2_eps) for _ in range(config.depth)]
+        )
+        # Rows: 6 per block (shift, scale, gate of attention, then of the MLP), then shift and scale of the head.
+        self.modulation = nn.Linear(config.width, (6 * config.depth + 2) * config.width)
+        self.head = nn.Linear(config.width, config.patch_size[0] * config.patch_size[1] * config.out_channels)
+        table = patch_positions(config.grid(), config.patch_size, config.patch_size, config.width)
+        self.register_buffer("positions", table, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Official initialisation: Xavier linears, N(0, 0.02) embedders, zero modulation and head (output is 0)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.data.view(self.config.width, -1))
+        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.normal_(self.label_embed.weight, std=0.02)
+        nn.init.normal_(self.time_embed.fc1.weight, std=0.02)
+        nn.init.normal_(self.time_embed.fc2.weight, std=0.02)
+        for layer in (self.modulation, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """(B,) network times and (B,) labels -> (B, 6*depth + 2, D), every scale already increased by 1."""
+        c = self.time_embed(t) + self.label_embed(y)
+        rows: Tensor = self.modulation(F.silu(c)).view(len(y), -1, self.config.width)
+        return rows + _scale_rows(self.config.depth, rows)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.forward_modulated(x, self.modulations(t, y))
+
+    def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
+        """The network below the conditioning: (B, C, H, W) and (B, 6*depth + 2, D) -> (B, out_channels, H, W)."""
+        if tuple(x.shape[1:]) != (self.config.in_channels, *self.config.input_size):
+            raise ShapeError(
+                f"the model takes inputs of {(self.config.in_channels, *self.config.input_size)} "
+                f"(channels, height, width), got {tuple(x.shape[1:])}"
+            )
+        tokens = self.patch_embed(x) + self.positions.to(self.patch_embed.weight.dtype)
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, modulations[:, 6 * i : 6 * i + 6])
+        tokens = self.head(modulated_norm(tokens, modulations[:, -2], modulations[:, -1], 1e-6))
+        return unpatchify(tokens, self.config.grid(), self.config.patch_size)
+
+    def with_patch_size(self, patch: tuple[int, int]) -> DiTConfig:
+        """This network's config at another patch size."""
+        return replace(self.config, patch_size=patch)
+
+
+def _scale_rows(depth: int, like: Tensor) -> Tensor:
+    """(6*depth + 2, 1) with 1 at rows that hold scales, else 0."""
+    mask = like.new_zeros(6 * depth + 2, 1)
+    mask[1 : 6 * depth : 6] = 1
+    mask[4 : 6 * depth : 6] = 1
+    mask[-1] = 1
+    return mask

@@ -1,0 +1,108 @@
+"""Building blocks of diffusion transformers: embedders, adaLN modulation, the block. Sheet A, section 3.1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_features(t: Tensor, width: int = 256, divisor: int | None = None) -> Tensor:
+    """(B,) network times -> (B, width) `[cos(t f_k), sin(t f_k)]`, `f_k = 10000^(-k/divisor)`, fp32 or wider.
+
+    `divisor` is width/2 in the official code and width/2 - 1 in diffusers; both kinds of checkpoints exist.
+    """
+    half = width // 2
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    frequencies = torch.exp(-math.log(10000.0) / (divisor or half) * torch.arange(half, device=t.device, dtype=t.dtype))
+    angles = t[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Network time -> vector: sinusoid, Linear, SiLU, Linear."""
+
+    def __init__(self, width: int, divisor: int) -> None:
+        super().__init__()
+        self.divisor = divisor
+        self.fc1 = nn.Linear(256, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, D)."""
+        features = timestep_features(t, 256, self.divisor).to(self.fc1.weight.dtype)
+        hidden: Tensor = self.fc2(F.silu(self.fc1(features)))
+        return hidden
+
+
+class LowRank(nn.Module):
+    """A LoRA delta of one linear: `y += (alpha/rank) * up(down(x))` (arXiv 2106.09685). Zero at initialisation."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, d_in))
+        self.up = nn.Parameter(torch.zeros(d_out, rank))
+        self.scale = alpha / rank
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down), self.up * self.scale)
+
+    def delta(self) -> Tensor:
+        """(d_out, d_in) weight change, for merging."""
+        return self.scale * (self.up @ self.down)
+
+
+def linear(x: Tensor, layer: nn.Linear, lora: LowRank | None) -> Tensor:
+    """`layer(x)`, plus the low-rank delta if there is one."""
+    y: Tensor = layer(x)
+    return y if lora is None else y + lora(x)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """`LN(x) * scale + shift` with one shift and scale (B, D) per sample; x (B, N, D). `scale` already includes the 1."""
+    if x.shape[0] == 1:  # the normalisation kernel applies them in the same pass
+        return F.layer_norm(x, x.shape[-1:], scale[0], shift[0], eps)
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), scale[:, None])
+
+
+class Block(nn.Module):
+    """Self-attention and MLP, each normalised, modulated and gated by the conditioning (adaLN-zero).
+
+    The modulation comes in from outside: it depends on time and label only, so a sampler computes it for many steps
+    at once instead of once per block per step.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm2_eps: float) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.heads = heads
+        self.norm2_eps = norm2_eps
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, loras: Mapping[str, LowRank] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x (B, N, D); modulation (B, 6, D): shift, 1+scale, gate of attention, then of the MLP -> (B, N, D).
+
+        `loras`: low-rank deltas by layer name ("qkv", "proj", "fc1", "fc2"); `mask`: (B or 1, 1, N, N), True = attend.
+        """
+        get = loras.__getitem__ if loras else lambda _: None
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
+        h = self.attention(modulated_norm(x, shift1, scale1, 1e-6), get, mask)
+        x = torch.addcmul(x, gate1[:, None], h)
+        h = F.gelu(linear(modulated_norm(x, shift2, scale2, self.norm2_eps), self.fc1, get("fc1")), approximate="tanh")
+        return torch.addcmul(x, gate2[:, None], linear(h, self.fc2, get("fc2")))
+
+    def attention(self, x: Tensor, get, mask: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        """Multi-head self-attention of (B, N, D), fused qkv, no masking unless a mask is given."""
+        b, n, d = x.shape
+        q, k, v = linear(x, self.qkv, get("qkv")).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return linear(out.transpose(1, 2).reshape(b, n, d), self.proj, get("proj"))
