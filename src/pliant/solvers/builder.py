@@ -1,0 +1,212 @@
+"""Writes programs: what a solver's `emit` talks to.
+
+The builder knows the nodes of the grid, numbers the registers, keeps the history of network outputs together with the
+states they were evaluated at, and folds the conversion from the stored prediction kind into the coefficients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pliant.errors import PlanError
+from pliant.paths import AlphaSigma, Path, PredictionType, conversion, prediction_type
+from pliant.solvers.coefficients import Fit, get_form, order_allowed, step_weights
+from pliant.solvers.program import Eval, Instruction, LearnedNoise, Lin, Node, Program, Terms
+
+_HISTORY = 6  # outputs remembered; no multistep rule uses more
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A network output: register `out`, evaluated at `node` on state register `state` (never the corrected one)."""
+
+    out: int
+    node: Node
+    state: int
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A prediction as a row over registers: `p * x[state] + q * m[out] + mu * offset`."""
+
+    state: int
+    out: int
+    p: float
+    q: float
+    mu: float
+
+
+def nodes_of(path: Path, times: Iterable[float]) -> list[Node]:
+    """The path's nodes at these times, computed in one vectorised call. Float64."""
+    t = torch.tensor(list(times), dtype=torch.float64)
+    columns = (t, *path.alpha_sigma(t))
+    return [Node(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+class ProgramBuilder:
+    """Collects the instructions of one program.
+
+    path, times: the grid, steps+1 times in the order of sampling. stored: the kind the network's outputs have.
+    variance: whether evaluations also give a variance code. Attributes for solvers: `nodes` (one per time), `state`
+    (register of the current state), `history` (outputs at grid nodes, newest first), `increasing` (inversion).
+    """
+
+    def __init__(self, path: Path, times: Sequence[float], stored: PredictionType, variance: bool = False) -> None:
+        self.path = path
+        self.stored = prediction_type(stored)
+        self.variance = variance
+        self.nodes = nodes_of(path, times)
+        self.history: list[Stored] = []
+        self.state = 0
+        self.increasing = self.nodes[-1].t > self.nodes[0].t
+        self._states = 1
+        self._outputs = 0
+        self._slots = 0
+        self._steps: list[tuple[Instruction, ...]] = []
+        self._labels: list[str] = []
+        self._current: list[Instruction] = []
+        self._grid = {node: k for k, node in enumerate(self.nodes)}
+        self._conversions: dict[PredictionType, tuple[list[float], list[float]]] = {}
+
+    # ------------------------------------------------------------------------------------------------- for solvers
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the grid."""
+        return len(self.nodes) - 1
+
+    def node(self, t: float) -> Node:
+        """A node off the grid (a stage of a singlestep method). Prefer `nodes` for grid times: those are shared."""
+        return nodes_of(self.path, [t])[0]
+
+    def evaluate(self, node: Node, state: int | None = None) -> Stored:
+        """Emit a network call at `node` on a state register (default: the current state)."""
+        stored = Stored(self._outputs, node, self.state if state is None else state)
+        self._current.append(Eval(stored.out, stored.state, node, step=len(self._steps)))
+        self._outputs += 1
+        return stored
+
+    def remember(self, stored: Stored) -> None:
+        """Make an output available to multistep rules of later steps."""
+        self.history.insert(0, stored)
+        del self.history[_HISTORY:]
+
+    def noise(self) -> int:
+        """A fresh noise slot."""
+        self._slots += 1
+        return self._slots - 1
+
+    def convert(self, stored: Stored, kind: PredictionType) -> Combination:
+        """An output as another prediction kind, at the state it was evaluated at. Raises PlanError if undetermined."""
+        p, q = self._conversion(stored.node, kind)
+        if not (math.isfinite(p) and math.isfinite(q)):
+            n = stored.node
+            raise PlanError(
+                f"at t={n.t:g} (alpha={n.alpha:g}, sigma={n.sigma:g}) a {self.stored} prediction does not determine "
+                f"{kind}; start the grid slightly inside, e.g. at t={min(max(n.t, 1e-3), 1 - 1e-3):g}"
+            )
+        if n_beta := stored.node.beta:
+            self._refuse_velocity_with_offset(kind)
+            return Combination(stored.state, stored.out, p, q, -p * n_beta)
+        return Combination(stored.state, stored.out, p, q, 0.0)
+
+    def transfer(
+        self,
+        form: str,
+        target: Node,
+        outputs: Sequence[Stored],
+        *,
+        base: tuple[int, Node],
+        fit: str | Fit = "lagrange",
+        depth: float = 0.0,
+    ) -> int:
+        """Emit the step of `form` from `base` (register, node) to `target` through `outputs` (newest first).
+
+        depth: amount of fresh noise (`depth_of_eta`, `depth_of_tau`); 0 is the ODE. Returns the new state register.
+        """
+        rule = get_form(form)
+        register, source = base
+        step, weights = step_weights(rule, source, target, [o.node for o in outputs], fit, depth)
+        x, m, mu = {register: step.a}, dict[int, float](), target.beta - step.a * source.beta
+        if mu != 0.0:
+            self._refuse_velocity_with_offset(rule.kind)
+        for weight, output in zip(weights, outputs, strict=True):
+            row = self.convert(output, rule.kind)
+            x[row.state] = x.get(row.state, 0.0) + weight * row.p
+            m[row.out] = m.get(row.out, 0.0) + weight * row.q
+            mu += weight * row.mu
+        z = {self.noise(): step.noise} if step.noise != 0.0 else {}
+        return self.combine(target, x=x, m=m, z=z, mu=mu)
+
+    def combine(
+        self,
+        target: Node,
+        *,
+        x: Mapping[int, float] | None = None,
+        m: Mapping[int, float] | None = None,
+        z: Mapping[int, float] | None = None,
+        mu: float = 0.0,
+        learned: LearnedNoise | None = None,
+    ) -> int:
+        """Emit a raw linear combination as a new state at `target`; zero coefficients are dropped. Returns its register."""
+        out = self._states
+        self._states += 1
+        self._current.append(Lin(out, target, _terms(x), _terms(m), _terms(z), mu, learned))
+        return out
+
+    def advance(self, state: int) -> None:
+        """Make `state` the current one: where the next step starts."""
+        self.state = state
+
+    def usable(self, form: str, source: Node, target: Node, order: int) -> list[Stored]:
+        """The newest outputs of the history, at most `order`, that a step of `form` can interpolate."""
+        nodes = [s.node for s in self.history[:order]]
+        return self.history[: min(order, order_allowed(get_form(form), source, target, nodes))]
+
+    # ---------------------------------------------------------------------------------------------- for the compiler
+
+    def close_step(self, label: str) -> None:
+        """End the current step; what follows belongs to the next."""
+        self._steps.append(tuple(self._current))
+        self._labels.append(label)
+        self._current = []
+
+    def finish(self) -> Program:
+        """The program so far; the current state is the sample."""
+        return Program(
+            path=self.path.to_config(),
+            stored=self.stored,
+            steps=tuple(self._steps),
+            start=self.nodes[0],
+            end=self.nodes[-1],
+            final=self.state,
+            labels=tuple(self._labels),
+        )
+
+    def _conversion(self, node: Node, kind: PredictionType) -> tuple[float, float]:
+        place = self._grid.get(node)
+        if place is None:
+            p, q = self._conversion_rows([node], kind)
+            return p[0], q[0]
+        if kind not in self._conversions:  # all grid nodes at once: per-node tensor calls would dominate compilation
+            self._conversions[kind] = self._conversion_rows(self.nodes, kind)
+        p, q = self._conversions[kind]
+        return p[place], q[place]
+
+    def _conversion_rows(self, nodes: Sequence[Node], kind: PredictionType) -> tuple[list[float], list[float]]:
+        rows = torch.tensor([[n.alpha, n.sigma, n.dalpha, n.dsigma] for n in nodes], dtype=torch.float64)
+        p, q = conversion(self.stored, kind, AlphaSigma(*rows.unbind(1)))
+        return p.tolist(), q.tolist()
+
+    def _refuse_velocity_with_offset(self, kind: PredictionType) -> None:
+        moving = {"velocity", "v_prediction"} & {kind, self.stored}
+        if moving:
+            raise PlanError(f"on a path with an offset {moving.pop()} is ambiguous; store and integrate epsilon or sample")
+
+
+def _terms(coefficients: Mapping[int, float] | None) -> Terms:
+    return tuple(sorted((i, c) for i, c in (coefficients or {}).items() if c != 0.0))
