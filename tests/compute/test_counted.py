@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from pliant.compute import TransformerShape, cost_parts, counted_flops, flops
+from pliant.compute import TransformerShape, cost_parts, counted_flops, flops, parameter_count
 
 DEVICES = ("cpu", "meta")
 
@@ -58,10 +58,11 @@ def test_published_networks_cost_what_the_formula_says(name: str) -> None:
         x = torch.zeros(1, config.in_channels, *config.input_size)
         t, y = torch.zeros(1), torch.zeros(1, dtype=torch.long)
     assert counted_flops(lambda: network(x, t, y)) == flops(shape_of(config))
+    assert sum(p.numel() for p in network.parameters()) == parameter_count(shape_of(config))
 
 
 def test_a_small_network_on_the_processor() -> None:
-    """Fused attention, as it runs here: exactly the formula; a counter blind to attention misses by over 1 %."""
+    """Fused attention, as it runs here: exactly the formula; a counter blind to it is over 1 % off."""
     dit = pytest.importorskip("pliant.models.dit")
     config = dit.DiTConfig(
         input_size=(16, 16),
@@ -83,7 +84,7 @@ def test_a_small_network_on_the_processor() -> None:
 
 
 def test_diffusers_dit_costs_the_formula_plus_one_embedder_per_block() -> None:
-    """An independent implementation: diffusers embeds time and label again in every block and for the head."""
+    """An independent implementation; diffusers embeds time and label again in every block."""
     diffusers = pytest.importorskip("diffusers")
     depth, heads, head_dim, side = 3, 4, 16, 16
     with torch.device("meta"):
@@ -123,5 +124,5 @@ def shape_of(c: Any) -> TransformerShape:
         patch=c.patch_size,
         tokens=(c.input_size[0] // ph) * (c.input_size[1] // pw),
         mlp_ratio=c.mlp_ratio,
-        classes=c.num_classes + 1,
+        classes=c.label_rows,
     )

@@ -15,7 +15,7 @@ Precision = Literal["fp32", "bf16"]
 class Compute:
     """What one network call may spend. Hashable, so calls with equal compute can be batched together.
 
-    `Compute()` is the network as it was trained. Whether a given network can honour another (does it have this
+    `Compute()` is the network as it was trained. Whether a network can honour another (does it have this
     patch size?) is checked where a plan meets a model.
     """
 

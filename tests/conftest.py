@@ -1,0 +1,32 @@
+"""Fixtures for all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# No test may wait for a network; set before anything imports huggingface_hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("PLIANT_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of development data and weights ($PLIANT_SHARED, or ../shared); tests skip without it."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no development data at {SHARED}; set PLIANT_SHARED")
+    return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    no_shared = pytest.mark.skip(reason=f"no development data at {SHARED}; set PLIANT_SHARED")
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("needs_shared") and not (SHARED / "data").is_dir():
+            item.add_marker(no_shared)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
