@@ -1,0 +1,217 @@
+"""A denoiser: a network plus the path it was trained on, its prediction type and its conditioning.
+
+Everything above this line of the house speaks house time and asks for predictions; everything below is a plain
+network with its own conventions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pliant.adapters.alignment import alignment, coarse
+from pliant.adapters.flexible_dit import FlexiDiT
+from pliant.compute import MATMUL, Compute, Convention, TransformerShape, macs
+from pliant.errors import ConfigError, ShapeError
+from pliant.models.dit import DiT, DiTConfig
+from pliant.paths import NetworkTime, Path, PredictionType, like
+
+Network: TypeAlias = DiT | FlexiDiT
+
+
+@dataclass
+class Prediction:
+    """One network call's answer, convertible to any prediction kind."""
+
+    value: Tensor
+    kind: PredictionType
+    x: Tensor
+    """The state it speaks about, (B, C, H, W)."""
+    t: Tensor
+    """House time, float64, (B,) or a scalar."""
+    path: Path
+    variance: Tensor | None = None
+    """Variance code in about [-1, 1] of networks with learned sigma, (B, C, H, W)."""
+
+    def to(self, kind: PredictionType) -> Tensor:
+        """The prediction as another kind, (B, C, H, W)."""
+        return self.path.convert(self.value, self.x, self.t, self.kind, kind)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network with its meaning. Frozen: `dataclasses.replace` makes variants that share the network."""
+
+    network: Network
+    path: Path
+    prediction: PredictionType
+    network_time: NetworkTime = field(default_factory=NetworkTime)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Facts for people and files: "name", "class_names", "source", "training", ... Never changes a number."""
+    forward: Callable[..., Tensor] | None = None
+    """What runs the network when it is wrapped (DDP, compile); None: the network itself."""
+
+    def __call__(self, x: Tensor, t: float | Tensor, cond: Tensor, compute: Compute | None = None) -> Prediction:
+        """Predict at states x (B, C, H, W), house time t (number or (B,)), labels cond (B,) int64.
+
+        Differentiable; runs the weights as they are stored. `compute.merged` and `compute.precision` are matters of
+        execution that the sampling engine realises, not of meaning. Raises ConfigError for a patch size the network
+        does not have.
+        """
+        compute = compute or Compute()
+        time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
+        pixels = self.aligned_pixels(compute)
+        if pixels == 1:
+            value, variance = self.split(self.run(x, self.network_time.encode(time), cond, compute))
+        else:
+            a = alignment(self.path, self.prediction, time, pixels)
+            raw = self.run(like(a.input_scale, x) * x, self.network_time.encode(a.time), cond, compute)
+            out, variance = self.split(raw)
+            value = like(a.on_state, x) * x + like(a.on_output, x) * out
+            value = value + like(a.on_coarse, x) * coarse(x, self.coarse_ratio(compute))
+        return Prediction(value, self.prediction, x, time, self.path, variance)
+
+    def run(self, x: Tensor, network_time: Tensor, cond: Tensor, compute: Compute) -> Tensor:
+        """The bare network: (B, C, H, W) and *network* time (scalar or (B,)) -> (B, out_channels, H, W)."""
+        if cond.shape != x.shape[:1]:
+            raise ShapeError(f"{x.shape[0]} states need as many labels, got {tuple(cond.shape)}")
+        steps = network_time.to(torch.float32).expand(x.shape[0])
+        call = self.forward or self.network
+        if isinstance(self.network, FlexiDiT):
+            out: Tensor = call(x, steps, cond, compute.patch)
+        else:
+            if compute.patch not in (None, self.config.patch_size):
+                raise ConfigError(
+                    f"this model only has patch size {self.config.patch_size}, not {compute.patch}; "
+                    f"add it with pliant.flexify"
+                )
+            out = call(x, steps, cond)
+        return out
+
+    def split(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Raw output -> (value in house sign, variance code or None)."""
+        variance = None
+        if self.config.learn_sigma:
+            raw, variance = raw.chunk(2, dim=1)
+        if self.prediction == "velocity" and self.network_time.sign < 0:
+            raw = -raw
+        return raw, variance
+
+    # What the network is ------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> DiTConfig:
+        return self.network.config
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one state."""
+        return (self.config.in_channels, *self.config.input_size)
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def null_label(self) -> int:
+        """The label of an unconditional call. Raises ConfigError for a network trained without one."""
+        if self.config.class_dropout == 0:
+            raise ConfigError("this model was trained without label dropout, so it has no unconditional mode")
+        return self.config.num_classes
+
+    @property
+    def class_names(self) -> list[str]:
+        names = self.metadata.get("class_names")
+        return list(names) if names else [str(i) for i in range(self.num_classes)]
+
+    @property
+    def patch_sizes(self) -> tuple[tuple[int, int], ...]:
+        """All patch sizes, the powerful (original) one first."""
+        return self.network.patch_sizes if isinstance(self.network, FlexiDiT) else (self.config.patch_size,)
+
+    def patch_of(self, compute: Compute) -> tuple[int, int]:
+        """The patch size a compute means for this network. Raises ConfigError if the network does not have it."""
+        if compute.patch is None:
+            return self.config.patch_size
+        for patch in self.patch_sizes:
+            if patch == compute.patch:
+                return patch
+        known = ", ".join("x".join(map(str, p)) for p in self.patch_sizes)
+        wanted = "x".join(map(str, compute.patch))
+        raise ConfigError(f"this model has patch sizes {known}, not {wanted}; add it with pliant.flexify")
+
+    def aligned_pixels(self, compute: Compute) -> int:
+        """Fine pixels per coarse one if calls with this compute are noise-aligned, else 1."""
+        patch = compute.patch
+        return self.network.aligned_pixels((patch[0], patch[1])) if isinstance(self.network, FlexiDiT) and patch else 1
+
+    def coarse_ratio(self, compute: Compute) -> tuple[int, int]:
+        """How much coarser this compute's patches are, per axis."""
+        patch, own = self.patch_of(compute), self.config.patch_size
+        return patch[0] // own[0], patch[1] // own[1]
+
+    # What it costs ------------------------------------------------------------------------------------------------
+
+    def shape(self, compute: Compute | None = None) -> TransformerShape:
+        """The call's shape for the cost model."""
+        compute, config = compute or Compute(), self.config
+        patch = self.patch_of(compute)
+        grid = config.grid(patch)
+        flexible = isinstance(self.network, FlexiDiT) and self.network.spec.recipe == "lora"
+        extra = patch != config.patch_size and flexible and not compute.merged
+        return TransformerShape(
+            depth=config.depth,
+            width=config.width,
+            heads=config.heads,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            patch=patch,
+            tokens=grid[0] * grid[1],
+            mlp_ratio=config.mlp_ratio,
+            lora_rank=self.network.spec.rank if extra and isinstance(self.network, FlexiDiT) else 0,
+            classes=config.label_rows,
+        )
+
+    def flops(self, compute: Compute | None = None, convention: Convention = MATMUL) -> int:
+        """FLOPs of one call for one image; a multiply-add counts 2."""
+        return 2 * macs(self.shape(compute), convention)
+
+    # Housekeeping -------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.network.parameters()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def to(self, device: str | torch.device) -> Denoiser:
+        """Moves the network in place and returns self, as modules do."""
+        self.network.to(device)
+        return self
+
+    def through(self, forward: Callable[..., Tensor]) -> Denoiser:
+        """The same denoiser whose network is run by a wrapper (DDP, torch.compile)."""
+        return replace(self, forward=forward)
+
+    def identity(self) -> dict[str, Any]:
+        """What a plan needs to know to recognise this model: architecture and conventions, not weights."""
+        network: dict[str, Any] = {"dit": self.config.to_dict()}
+        if isinstance(self.network, FlexiDiT):
+            network["flex"] = self.network.spec.to_dict()
+        return {
+            "network": network,
+            "path": self.path.to_config(),
+            "prediction": self.prediction,
+            "network_time": self.network_time.to_config(),
+        }
+
+    def fingerprint(self) -> str:
+        """12 hex digits of `identity()`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,36 @@
+"""The one call that makes a denoiser flexible (FlexiDiT, arXiv 2502.20126; sheet A, 1.2-1.6)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pliant.adapters import FlexiDiT, FlexSpec
+from pliant.denoiser import Denoiser
+from pliant.errors import ConfigError
+from pliant.models.patches import patch_pair
+
+
+def flexify(
+    denoiser: Denoiser, patch_sizes: Iterable[int | tuple[int, int]] = (4,), *, seed: int = 0, **options: Any
+) -> Denoiser:
+    """A denoiser that also runs at `patch_sizes`; the given one is left untouched.
+
+    options: the fields of `FlexSpec` (recipe="lora" | "shared", rank, initialisation, position, ...). With recipe
+    "lora" results at the original patch size stay bit-identical, before and after training. Raises ShapeError for a
+    size that does not divide the input, ConfigError for other impossible requests.
+    """
+    if isinstance(denoiser.network, FlexiDiT):
+        raise ConfigError("this model is flexible already; flexify its original, naming all patch sizes at once")
+    try:
+        spec = FlexSpec(tuple(patch_pair(p) for p in patch_sizes), **options)
+    except TypeError as error:
+        raise ConfigError(f"flexify: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # only the low-rank factors are drawn
+        network = FlexiDiT(copy.deepcopy(denoiser.network), spec)
+    return replace(denoiser, network=network.to(denoiser.device).train(denoiser.network.training))

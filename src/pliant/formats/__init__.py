@@ -1,0 +1,1 @@
+"""Model files of Pliant and of others. One file per format; foreign names never leave this folder."""

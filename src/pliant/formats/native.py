@@ -1,0 +1,145 @@
+"""Pliant's own model folder: `config.json` (what the tensors mean) and `model.safetensors` (the tensors).
+
+An adapter folder (recipe "lora") holds only the tensors that flexification added, in `adapter.safetensors`; its
+config names the architecture of the base it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pliant.adapters.flexible_dit import FlexiDiT
+from pliant.adapters.spec import FlexSpec
+from pliant.denoiser import Denoiser, Network
+from pliant.errors import FormatError, PliantError
+from pliant.files import replaced_folder, write_json
+from pliant.models.dit import DiT, DiTConfig
+from pliant.paths import NetworkTime, path_from_config, prediction_type
+
+FORMAT, VERSION = "pliant", 1
+MODEL_FILE, ADAPTER_FILE, CONFIG_FILE = "model.safetensors", "adapter.safetensors", "config.json"
+
+
+def model_config(denoiser: Denoiser) -> dict[str, Any]:
+    """The content of config.json."""
+    return {"format": FORMAT, "version": VERSION, **denoiser.identity(), "metadata": denoiser.metadata}
+
+
+def save(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None = None) -> None:
+    """Write a model folder atomically. `dtype` converts floating tensors (e.g. torch.bfloat16 to halve the size)."""
+    _write(folder, model_config(denoiser), MODEL_FILE, denoiser.network.state_dict(), dtype)
+
+
+def save_adapter(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None = None) -> None:
+    """Write only what flexification added (recipe "lora")."""
+    if not isinstance(denoiser.network, FlexiDiT):
+        raise FormatError("this model is not flexible, so it has no adapter to save; run pliant.flexify first")
+    _write(folder, model_config(denoiser), ADAPTER_FILE, denoiser.network.adapter_state_dict(), dtype)
+
+
+def _write(
+    folder: str | FilePath, config: dict[str, Any], name: str, state: dict[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    tensors = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+    with replaced_folder(folder) as temporary:
+        save_file(tensors, temporary / name, metadata={"format": "pt"})
+        write_json(temporary / CONFIG_FILE, config)
+
+
+def read_tensors(file: FilePath) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises FormatError if it is missing or damaged."""
+    if not file.is_file():
+        raise FormatError(f"{file} does not exist; a model folder needs {CONFIG_FILE} and {MODEL_FILE}")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{file} is damaged or not a safetensors file ({error}); copy or download it again") from None
+
+
+def read_config(folder: FilePath) -> dict[str, Any]:
+    """config.json of any folder. Raises FormatError if it is missing or not JSON."""
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{folder} holds no {CONFIG_FILE}, so it is not a model folder") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{file} is not readable JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{file} holds {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def build(config: dict[str, Any], where: object) -> Denoiser:
+    """An untrained denoiser as a config describes it. Raises FormatError naming what is missing or unknown."""
+    if config.get("format") != FORMAT:
+        raise FormatError(f"{where} is not a Pliant config (format {config.get('format')!r})")
+    if config.get("version") != VERSION:
+        raise FormatError(f"{where} has config version {config.get('version')!r}, this Pliant reads version {VERSION}")
+    try:
+        base = DiT(DiTConfig.from_dict(config["network"]["dit"]))
+        flex = config["network"].get("flex")
+        network: Network = FlexiDiT(base, FlexSpec.from_dict(flex)) if flex else base
+        return Denoiser(
+            network=network,
+            path=path_from_config(config["path"]),
+            prediction=prediction_type(config["prediction"]),
+            network_time=NetworkTime.from_config(config["network_time"]),
+            metadata=dict(config.get("metadata", {})),
+        )
+    except KeyError as error:
+        raise FormatError(f"{where} lacks the field {error.args[0]!r}") from None
+    except PliantError as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def load(folder: str | FilePath) -> Denoiser:
+    """Read a model folder; weights come back in fp32 and the network in eval mode."""
+    folder = FilePath(folder)
+    denoiser = build(read_config(folder), folder / CONFIG_FILE)
+    if not (folder / MODEL_FILE).exists() and (folder / ADAPTER_FILE).exists():
+        raise FormatError(f"{folder} holds only an adapter; load its base model first, then pliant.load_adapter")
+    assign(denoiser.network, read_tensors(folder / MODEL_FILE), folder / MODEL_FILE)
+    denoiser.network.eval()
+    return denoiser
+
+
+def assign(network: Network, tensors: dict[str, Tensor], where: object) -> None:
+    """Copy tensors into a network. Raises FormatError naming the first tensor that is missing, odd or mis-shaped."""
+    expected = network.state_dict()
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or extra:
+        found = f"has the unknown tensor {extra[0]!r} and {len(extra) - 1} more" if extra else "has no unknown tensors"
+        lost = f"lacks {missing[0]!r} and {len(missing) - 1} more" if missing else "lacks none"
+        raise FormatError(f"{where} does not fit its config: it {lost} and {found}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise FormatError(
+                f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, "
+                f"the config says {tuple(expected[name].shape)}"
+            )
+    network.load_state_dict(tensors)
+
+
+def load_adapter(denoiser: Denoiser, folder: str | FilePath) -> Denoiser:
+    """A base denoiser plus an adapter folder -> the flexible denoiser. The base's weights are shared, not copied."""
+    folder = FilePath(folder)
+    config = read_config(folder)
+    build_like = build(config, folder / CONFIG_FILE)
+    base = denoiser.network.base if isinstance(denoiser.network, FlexiDiT) else denoiser.network
+    if build_like.config != base.config:
+        raise FormatError(f"{folder} was made for another architecture than this model; see both with 'pliant info'")
+    network = FlexiDiT(base, FlexSpec.from_dict(config["network"]["flex"]))
+    try:
+        network.load_adapter_state_dict(read_tensors(folder / ADAPTER_FILE))
+    except PliantError as error:
+        raise FormatError(f"{folder}: {error}") from None
+    return Denoiser(network.eval(), denoiser.path, denoiser.prediction, denoiser.network_time, dict(denoiser.metadata))
