@@ -1,6 +1,7 @@
 """Solvers write programs; one interpreter runs them."""
 
-from pliant.solvers.builder import ProgramBuilder, Stored, nodes_of
+from pliant.solvers.ancestral import DDPM
+from pliant.solvers.builder import ProgramBuilder, Row, Stored, nodes_of
 from pliant.solvers.compiler import check_times, compile_program
 from pliant.solvers.exponential import DDIM, DPMSolverPP2M
 from pliant.solvers.interpreter import Evaluate, NetworkOutput, Noise, Output, StepResult, run
@@ -8,10 +9,12 @@ from pliant.solvers.normal_form import NormalForm, consistency, normal_form
 from pliant.solvers.program import Eval, Instruction, LearnedNoise, Lin, Node, Program
 from pliant.solvers.registry import SOLVERS, SolverLike, get_solver
 from pliant.solvers.runge_kutta import Euler, Heun, Midpoint
+from pliant.solvers.sde import SiTSDE, sde_times
 from pliant.solvers.solver import Solver
 
 __all__ = [
     "DDIM",
+    "DDPM",
     "SOLVERS",
     "DPMSolverPP2M",
     "Euler",
@@ -29,6 +32,8 @@ __all__ = [
     "Output",
     "Program",
     "ProgramBuilder",
+    "Row",
+    "SiTSDE",
     "Solver",
     "SolverLike",
     "StepResult",
@@ -40,4 +45,5 @@ __all__ = [
     "nodes_of",
     "normal_form",
     "run",
+    "sde_times",
 ]

@@ -1,7 +1,8 @@
 """Writes programs: what a solver's `emit` talks to.
 
-The builder knows the nodes of the grid, numbers the registers, keeps the history of network outputs together with the
-states they were evaluated at, and folds the conversion from the stored prediction kind into the coefficients.
+The builder knows the nodes of the grid, numbers the registers, keeps the history of network outputs together
+with the states they were evaluated at, and folds the conversion from the stored prediction kind into the
+coefficients.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 
 from pliant.errors import PlanError
 from pliant.paths import AlphaSigma, Path, PredictionType, conversion, prediction_type
-from pliant.solvers.coefficients import Fit, get_form, order_allowed, step_weights
+from pliant.solvers.coefficients import get_form, order_allowed, step_weights
+from pliant.solvers.fits import Fit
 from pliant.solvers.program import Eval, Instruction, LearnedNoise, Lin, Node, Program, Terms
 
 _HISTORY = 6  # outputs remembered; no multistep rule uses more
@@ -22,7 +24,7 @@ _HISTORY = 6  # outputs remembered; no multistep rule uses more
 
 @dataclass(frozen=True)
 class Stored:
-    """A network output: register `out`, evaluated at `node` on state register `state` (never the corrected one)."""
+    """A network output: register `out`, evaluated at `node` on register `state` (never a corrected one)."""
 
     out: int
     node: Node
@@ -30,7 +32,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Combination:
+class Row:
     """A prediction as a row over registers: `p * x[state] + q * m[out] + mu * offset`."""
 
     state: int
@@ -50,12 +52,15 @@ def nodes_of(path: Path, times: Iterable[float]) -> list[Node]:
 class ProgramBuilder:
     """Collects the instructions of one program.
 
-    path, times: the grid, steps+1 times in the order of sampling. stored: the kind the network's outputs have.
-    variance: whether evaluations also give a variance code. Attributes for solvers: `nodes` (one per time), `state`
-    (register of the current state), `history` (outputs at grid nodes, newest first), `increasing` (inversion).
+    path, times: the grid, steps+1 times in the order of sampling. stored: the kind the network's outputs
+    have. variance: whether evaluations also give a variance code. Attributes for solvers: `nodes` (one per
+    time), `state` (register of the current state), `history` (outputs at grid nodes, newest first),
+    `increasing` (inversion).
     """
 
-    def __init__(self, path: Path, times: Sequence[float], stored: PredictionType, variance: bool = False) -> None:
+    def __init__(
+        self, path: Path, times: Sequence[float], stored: PredictionType, variance: bool = False
+    ) -> None:
         self.path = path
         self.stored = prediction_type(stored)
         self.variance = variance
@@ -72,7 +77,7 @@ class ProgramBuilder:
         self._grid = {node: k for k, node in enumerate(self.nodes)}
         self._conversions: dict[PredictionType, tuple[list[float], list[float]]] = {}
 
-    # ------------------------------------------------------------------------------------------------- for solvers
+    # -------------------------------------------------------------------------------------------- for solvers
 
     @property
     def steps(self) -> int:
@@ -80,7 +85,7 @@ class ProgramBuilder:
         return len(self.nodes) - 1
 
     def node(self, t: float) -> Node:
-        """A node off the grid (a stage of a singlestep method). Prefer `nodes` for grid times: those are shared."""
+        """A node off the grid (a stage of a singlestep method); for grid times use the shared `nodes`."""
         return nodes_of(self.path, [t])[0]
 
     def evaluate(self, node: Node, state: int | None = None) -> Stored:
@@ -100,19 +105,22 @@ class ProgramBuilder:
         self._slots += 1
         return self._slots - 1
 
-    def convert(self, stored: Stored, kind: PredictionType) -> Combination:
-        """An output as another prediction kind, at the state it was evaluated at. Raises PlanError if undetermined."""
+    def convert(self, stored: Stored, kind: PredictionType) -> Row:
+        """An output as another prediction kind, at the state it was evaluated at.
+
+        Raises PlanError where the kind is not determined.
+        """
         p, q = self._conversion(stored.node, kind)
         if not (math.isfinite(p) and math.isfinite(q)):
             n = stored.node
             raise PlanError(
-                f"at t={n.t:g} (alpha={n.alpha:g}, sigma={n.sigma:g}) a {self.stored} prediction does not determine "
-                f"{kind}; start the grid slightly inside, e.g. at t={min(max(n.t, 1e-3), 1 - 1e-3):g}"
+                f"at t={n.t:g} (alpha={n.alpha:g}, sigma={n.sigma:g}) a {self.stored} prediction does "
+                f"not determine {kind}; start slightly inside, e.g. at t={min(max(n.t, 1e-3), 1 - 1e-3):g}"
             )
         if n_beta := stored.node.beta:
             self._refuse_velocity_with_offset(kind)
-            return Combination(stored.state, stored.out, p, q, -p * n_beta)
-        return Combination(stored.state, stored.out, p, q, 0.0)
+            return Row(stored.state, stored.out, p, q, -p * n_beta)
+        return Row(stored.state, stored.out, p, q, 0.0)
 
     def transfer(
         self,
@@ -126,21 +134,36 @@ class ProgramBuilder:
     ) -> int:
         """Emit the step of `form` from `base` (register, node) to `target` through `outputs` (newest first).
 
-        depth: amount of fresh noise (`depth_of_eta`, `depth_of_tau`); 0 is the ODE. Returns the new state register.
+        depth: amount of fresh noise (`depth_of_eta`, `depth_of_tau`); 0 is the ODE. Returns the new state
+        register.
         """
         rule = get_form(form)
         register, source = base
         step, weights = step_weights(rule, source, target, [o.node for o in outputs], fit, depth)
-        x, m, mu = {register: step.a}, dict[int, float](), target.beta - step.a * source.beta
+        mu = target.beta - step.a * source.beta
         if mu != 0.0:
             self._refuse_velocity_with_offset(rule.kind)
-        for weight, output in zip(weights, outputs, strict=True):
-            row = self.convert(output, rule.kind)
-            x[row.state] = x.get(row.state, 0.0) + weight * row.p
-            m[row.out] = m.get(row.out, 0.0) + weight * row.q
-            mu += weight * row.mu
+        rows = [(w, self.convert(o, rule.kind)) for w, o in zip(weights, outputs, strict=True)]
         z = {self.noise(): step.noise} if step.noise != 0.0 else {}
-        return self.combine(target, x=x, m=m, z=z, mu=mu)
+        return self.combine_rows(target, {register: step.a}, rows, z=z, mu=mu)
+
+    def combine_rows(
+        self,
+        target: Node,
+        x: Mapping[int, float],
+        rows: Sequence[tuple[float, Row]],
+        *,
+        z: Mapping[int, float] | None = None,
+        mu: float = 0.0,
+        learned: LearnedNoise | None = None,
+    ) -> int:
+        """Emit `sum x-terms + sum coefficient * converted output + ...` as a new state at `target`."""
+        states, outputs = dict(x), dict[int, float]()
+        for coefficient, row in rows:
+            states[row.state] = states.get(row.state, 0.0) + coefficient * row.p
+            outputs[row.out] = outputs.get(row.out, 0.0) + coefficient * row.q
+            mu += coefficient * row.mu
+        return self.combine(target, x=states, m=outputs, z=z, mu=mu, learned=learned)
 
     def combine(
         self,
@@ -152,7 +175,10 @@ class ProgramBuilder:
         mu: float = 0.0,
         learned: LearnedNoise | None = None,
     ) -> int:
-        """Emit a raw linear combination as a new state at `target`; zero coefficients are dropped. Returns its register."""
+        """Emit a raw linear combination as a new state at `target`; returns its register.
+
+        Zero coefficients are dropped.
+        """
         out = self._states
         self._states += 1
         self._current.append(Lin(out, target, _terms(x), _terms(m), _terms(z), mu, learned))
@@ -167,7 +193,7 @@ class ProgramBuilder:
         nodes = [s.node for s in self.history[:order]]
         return self.history[: min(order, order_allowed(get_form(form), source, target, nodes))]
 
-    # ---------------------------------------------------------------------------------------------- for the compiler
+    # --------------------------------------------------------------------------------------- for the compiler
 
     def close_step(self, label: str) -> None:
         """End the current step; what follows belongs to the next."""
@@ -192,12 +218,15 @@ class ProgramBuilder:
         if place is None:
             p, q = self._conversion_rows([node], kind)
             return p[0], q[0]
-        if kind not in self._conversions:  # all grid nodes at once: per-node tensor calls would dominate compilation
+        if kind not in self._conversions:
+            # All grid nodes at once: per-node tensor calls would dominate compilation.
             self._conversions[kind] = self._conversion_rows(self.nodes, kind)
         p, q = self._conversions[kind]
         return p[place], q[place]
 
-    def _conversion_rows(self, nodes: Sequence[Node], kind: PredictionType) -> tuple[list[float], list[float]]:
+    def _conversion_rows(
+        self, nodes: Sequence[Node], kind: PredictionType
+    ) -> tuple[list[float], list[float]]:
         rows = torch.tensor([[n.alpha, n.sigma, n.dalpha, n.dsigma] for n in nodes], dtype=torch.float64)
         p, q = conversion(self.stored, kind, AlphaSigma(*rows.unbind(1)))
         return p.tolist(), q.tolist()
@@ -205,7 +234,9 @@ class ProgramBuilder:
     def _refuse_velocity_with_offset(self, kind: PredictionType) -> None:
         moving = {"velocity", "v_prediction"} & {kind, self.stored}
         if moving:
-            raise PlanError(f"on a path with an offset {moving.pop()} is ambiguous; store and integrate epsilon or sample")
+            raise PlanError(
+                f"on a path with an offset {moving.pop()} is ambiguous; store and integrate epsilon or sample"
+            )
 
 
 def _terms(coefficients: Mapping[int, float] | None) -> Terms:

@@ -2,10 +2,11 @@
 
 A step from node s to node t in a *form* P (which prediction is interpolated, in which variable u) reads
 
-    x_t = a * x_s + b * sum_j w_j P_j + noise * z,        sum over outputs j at nodes with offset nu_j = u_j - u_s
+    x_t = a * x_s + b * sum_j w_j P_j + noise * z        (outputs j at nodes with offset nu_j = u_j - u_s)
 
-where the weights w integrate a polynomial through the P_j against the form's exponential weight function. Solvers
-differ only in the form, in the nodes and in the fit rule that turns moments into weights. Plain floats throughout.
+where the weights w integrate a polynomial through the P_j against the form's exponential weight function.
+Solvers differ only in the form, in the nodes and in the fit rule that turns moments into weights. Plain
+floats throughout.
 """
 
 from __future__ import annotations
@@ -13,135 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from pliant.errors import PlanError, suggest
 from pliant.paths import PredictionType
+from pliant.solvers.fits import FITS, Fit, get_fit, moments
 from pliant.solvers.program import Node
 
 _MAX_NODES = 6  # a Vandermonde system beyond this is not trustworthy in float64
 
 
-# ---------------------------------------------------------------------------------------------------------- moments
-
-
-def moments(h: float, decay: float, count: int) -> list[float]:
-    """`M_k = int_0^h exp(-decay*(h-u)) u^k du` for k = 0..count-1; h and decay of any sign, decay 0 allowed.
-
-    The recursion `M_k = (h^k - k M_{k-1})/decay` cancels for small |decay*h|; there the series
-    `h^(k+1) k! sum_j (-decay*h)^j / (k+1+j)!` is used, to full precision (sheet D, section 0).
-    """
-    z = decay * h
-    found: list[float] = []
-    for k in range(count):
-        if abs(z) < 0.5 + k:
-            found.append(_moment_series(h, z, k))
-        elif k == 0:
-            found.append(-math.expm1(-z) / decay)
-        else:
-            found.append((h**k - k * found[-1]) / decay)
-    return found
-
-
-def _moment_series(h: float, z: float, k: int) -> float:
-    term = h ** (k + 1) / (k + 1)  # k!/(k+1)! at j = 0
-    total, j = term, 0
-    while abs(term) > 1e-18 * abs(total):
-        j += 1
-        term *= -z / (k + 1 + j)
-        total += term
-    return total
-
-
-# -------------------------------------------------------------------------------------------------------- fit rules
-
-Fit: TypeAlias = Callable[[Sequence[float], float, Sequence[float]], list[float]]
-"""(moments M_0.., step h, node offsets nu_j with the newest first) -> weights w_j."""
-
-
-def lagrange(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
-    """Exact for polynomials through the nodes: solves `sum_j w_j nu_j^k = M_k`, k < n (Bjorck-Pereyra, scaled by h)."""
-    nodes = [nu / h for nu in offsets]
-    w = [m / h**k for k, m in enumerate(moment[: len(nodes)])]
-    last = len(nodes) - 1
-    for k in range(last):
-        for i in range(last, k, -1):
-            w[i] -= nodes[k] * w[i - 1]
-    for k in range(last - 1, -1, -1):
-        for i in range(k + 1, last + 1):
-            w[i] /= nodes[i] - nodes[i - k - 1]
-        for i in range(k, last):
-            w[i] -= w[i + 1]
-    return w
-
-
-def midpoint(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
-    """DPM-Solver's published 2M/2S rule (= UniPC's bh2): slope times M_0*h/2 instead of M_1. Other orders: lagrange."""
-    return _half_step(moment[0], moment, h, offsets)
-
-
-def bh1(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
-    """UniPC's B(h) = h rule for two nodes; it cancels in every other order, where lagrange is exact."""
-    return _half_step(h, moment, h, offsets)
-
-
-def _half_step(scale: float, moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
-    if len(offsets) != 2:
-        return lagrange(moment, h, offsets)
-    if offsets[0] != 0.0:
-        raise PlanError("the two-node rules 'midpoint' and 'bh1' extrapolate from the base node; put it first or use 'lagrange'")
-    other = scale * h / (2.0 * offsets[1])
-    return [moment[0] - other, other]
-
-
-def published3(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
-    """DPM-Solver++(3M) as published and shipped: half of the quadratic term is missing, so it is second order."""
-    if len(offsets) != 3:
-        return midpoint(moment, h, offsets)
-    full = lagrange(moment, h, offsets)
-    v0, v1, v2 = offsets
-    # Rows of the second divided difference.
-    second = (1.0 / ((v0 - v1) * (v0 - v2)), 1.0 / ((v1 - v0) * (v1 - v2)), 1.0 / ((v2 - v0) * (v2 - v1)))
-    return [w - 0.5 * moment[2] * q for w, q in zip(full, second, strict=True)]
-
-
-def pseudo(weights: Sequence[float]) -> Fit:
-    """Constant weights that sum to 1, times M_0: PNDM's pseudo-linear multistep and Runge-Kutta rows."""
-
-    def fit(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
-        if len(weights) != len(offsets):
-            raise PlanError(f"{len(weights)} weights for {len(offsets)} outputs; give one per output, newest first")
-        return [moment[0] * w for w in weights]
-
-    return fit
-
-
-def raw(weights: Sequence[float]) -> Fit:
-    """The weights themselves (OLSS, learned solvers): no moments involved."""
-    return lambda moment, h, offsets: list(weights)
-
-
-FITS: dict[str, Fit] = {"lagrange": lagrange, "midpoint": midpoint, "bh1": bh1, "published3": published3}
-
-
-def get_fit(fit: str | Fit) -> Fit:
-    """A fit rule by name; a function is returned unchanged. Raises PlanError with the nearest name."""
-    if callable(fit):
-        return fit
-    if fit not in FITS:
-        raise PlanError(f"unknown fit rule {fit!r}: {suggest(fit, FITS)}")
-    return FITS[fit]
-
-
-# ------------------------------------------------------------------------------------------------------------ forms
-
-
 @dataclass(frozen=True)
-class Step:
+class Transfer:
     """A step of one form before weights: `x_t = a*x_s + b*sum(w*P) + noise*z`.
 
-    h: step in the form's variable (infinite when an end has sigma = 0 or alpha = 0). decay: exponent of the weight
-    function. total: `b*M_0` in closed form, finite even when h is not: what a first-order step multiplies its output with.
+    h: step in the form's variable (infinite when an end has sigma = 0 or alpha = 0). decay: exponent of the
+    weight function. total: `b*M_0` in closed form, finite even when h is not: what a first-order step
+    multiplies its output with.
     """
 
     a: float
@@ -159,54 +47,62 @@ class Form:
     name: str
     kind: PredictionType
     variable: Callable[[Node], float]
-    step: Callable[[Node, Node, float, float], Step]  # (s, t, h, depth)
+    step: Callable[[Node, Node, float, float], Transfer]  # (s, t, h, depth)
 
 
-def _data_step(s: Node, t: Node, h: float, depth: float) -> Step:
+def _data_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     """x0 form: `x_t = (sigma_t/sigma_s) e^-depth x_s + alpha_t int c e^(-c(h-u)) x0 du`, c*h = h + depth."""
     if s.sigma == 0.0:
-        raise PlanError(f"the sample form cannot leave t={s.t:g}, where sigma is 0; use the epsilon or velocity form")
+        raise PlanError(
+            f"the sample form cannot leave t={s.t:g}, where sigma is 0; use the epsilon or velocity form"
+        )
     a = t.sigma / s.sigma * math.exp(-depth)
     noise = t.sigma * math.sqrt(max(-math.expm1(-2.0 * depth), 0.0))
     if not math.isfinite(h):
-        return Step(a, t.alpha, noise, h, 1.0, t.alpha - s.alpha * a)
+        return Transfer(a, t.alpha, noise, h, 1.0, t.alpha - s.alpha * a)
     c = 1.0 + depth / h
-    return Step(a, t.alpha * c, noise, h, c, -t.alpha * math.expm1(-(h + depth)))
+    return Transfer(a, t.alpha * c, noise, h, c, -t.alpha * math.expm1(-(h + depth)))
 
 
-def _noise_step(s: Node, t: Node, h: float, depth: float) -> Step:
+def _noise_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     """eps form: `x_t = (alpha_t/alpha_s) x_s - (1+tau^2) sigma_t int e^(h-u) eps du`, tau^2 = depth/h."""
     if s.alpha == 0.0:
-        raise PlanError(f"the epsilon form cannot leave t={s.t:g}, where alpha is 0; use the sample or velocity form")
+        raise PlanError(
+            f"the epsilon form cannot leave t={s.t:g}, where alpha is 0; use the sample or velocity form"
+        )
     a = t.alpha / s.alpha
     if not math.isfinite(h):
         if depth != 0.0:
             raise PlanError(f"a stochastic step in epsilon form cannot reach t={t.t:g}; use the sample form")
-        return Step(a, 1.0, 0.0, h, -1.0, t.sigma - s.sigma * a)
+        return Transfer(a, 1.0, 0.0, h, -1.0, t.sigma - s.sigma * a)
     scale = 1.0 + depth / h
     noise = t.sigma * math.sqrt(depth / h * math.expm1(2.0 * h)) if depth != 0.0 else 0.0
-    return Step(a, -scale * t.sigma, noise, h, -1.0, -scale * t.sigma * math.expm1(h))
+    return Transfer(a, -scale * t.sigma, noise, h, -1.0, -scale * t.sigma * math.expm1(h))
 
 
-def _plain_step(s: Node, t: Node, h: float, depth: float) -> Step:
+def _plain_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     """dx/du = P with no transfer: velocity in t, or v-prediction in the angle."""
     _refuse_noise(depth)
-    return Step(1.0, 1.0, 0.0, h, 0.0, h)
+    return Transfer(1.0, 1.0, 0.0, h, 0.0, h)
 
 
-def _ratio_step(s: Node, t: Node, h: float, depth: float) -> Step:
+def _ratio_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     """dy/drho = eps for y = x/alpha, rho = sigma/alpha: exact for every linear path."""
     _refuse_noise(depth)
     if s.alpha == 0.0 or t.alpha == 0.0:
-        raise PlanError("the epsilon-rho form does not exist where alpha is 0; use the sample or velocity form")
-    return Step(t.alpha / s.alpha, t.alpha, 0.0, h, 0.0, t.alpha * h)
+        raise PlanError(
+            "the epsilon-rho form does not exist where alpha is 0; use the sample or velocity form"
+        )
+    return Transfer(t.alpha / s.alpha, t.alpha, 0.0, h, 0.0, t.alpha * h)
 
 
-def _angle_step(s: Node, t: Node, h: float, depth: float) -> Step:
+def _angle_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     """dx/dtheta = v holds only on variance-preserving paths."""
     for node in (s, t):
         if abs(node.alpha**2 + node.sigma**2 - 1.0) > 1e-9:
-            raise PlanError("the angle form needs alpha^2 + sigma^2 = 1; use the velocity or sample form on this path")
+            raise PlanError(
+                "the angle form needs alpha^2 + sigma^2 = 1; use the velocity or sample form on this path"
+            )
     return _plain_step(s, t, h, depth)
 
 
@@ -239,7 +135,9 @@ def get_form(form: str) -> Form:
 
 
 def depth_of_eta(eta: float, s: Node, t: Node) -> float:
-    """DDIM's eta as noise depth tau^2*h: `exp(-2*depth) = 1 - eta^2 (1 - exp(-2h))`. eta 0 = ODE, 1 = ancestral."""
+    """DDIM's eta as noise depth tau^2*h: `exp(-2*depth) = 1 - eta^2 (1 - exp(-2h))`. eta 0 = ODE, 1 =
+    ancestral.
+    """
     if eta == 0.0 or t.sigma == 0.0:
         return 0.0
     inside = eta**2 * math.expm1(-2.0 * (t.log_snr - s.log_snr))
@@ -247,18 +145,17 @@ def depth_of_eta(eta: float, s: Node, t: Node) -> float:
 
 
 def depth_of_tau(tau: float, s: Node, t: Node) -> float:
-    """Constant tau over the step (0 = ODE, 1 = reverse SDE) as noise depth. Zero when arriving at sigma = 0."""
+    """Constant tau over the step (0 = ODE, 1 = reverse SDE) as noise depth. Zero when arriving at sigma =
+    0.
+    """
     return 0.0 if tau == 0.0 or t.sigma == 0.0 else tau**2 * (t.log_snr - s.log_snr)
-
-
-# ---------------------------------------------------------------------------------------------------------- weights
 
 
 def order_allowed(form: Form, s: Node, t: Node, nodes: Sequence[Node]) -> int:
     """How many of `nodes` (newest first) can be interpolated on the step s -> t.
 
-    1 when the step is infinite in the form's variable (arriving at sigma = 0, leaving alpha = 0); history at infinite
-    places or (nearly) repeated nodes end the list (sheet D, 14.3 step 5 and 14.9).
+    1 when the step is infinite in the form's variable (arriving at sigma = 0, leaving alpha = 0); history at
+    infinite places or (nearly) repeated nodes end the list (sheet D, 14.3 step 5 and 14.9).
     """
     base = form.variable(s)
     h = form.variable(t) - base
@@ -275,18 +172,21 @@ def order_allowed(form: Form, s: Node, t: Node, nodes: Sequence[Node]) -> int:
 
 def step_weights(
     form: Form, s: Node, t: Node, nodes: Sequence[Node], fit: str | Fit = "lagrange", depth: float = 0.0
-) -> tuple[Step, list[float]]:
+) -> tuple[Transfer, list[float]]:
     """The step s -> t and the coefficient `b*w_j` of each output in the form's own prediction kind.
 
-    nodes: where the outputs were evaluated, the newest first. Raises PlanError if the form cannot make this step.
+    nodes: where the outputs were evaluated, the newest first. Raises PlanError if the form cannot make this
+    step.
     """
     base = form.variable(s)
     h = form.variable(t) - base
     step = form.step(s, t, h, depth)
     rule = get_fit(fit)
-    if rule in (lagrange, midpoint, bh1, published3) and len(nodes) == 1:
+    if rule in FITS.values() and len(nodes) == 1:
         return step, [step.total]  # order 1, in the form that survives infinite h
     if not math.isfinite(h):
-        raise PlanError(f"the step from t={s.t:g} to t={t.t:g} is infinite in log-SNR: only a first-order step exists")
+        raise PlanError(
+            f"the step from t={s.t:g} to t={t.t:g} is infinite in log-SNR: only a first-order step exists"
+        )
     weights = rule(moments(h, step.decay, len(nodes)), h, [form.variable(n) - base for n in nodes])
     return step, [step.b * w for w in weights]

@@ -26,7 +26,9 @@ def describe_instruction(op: Instruction) -> str:
 
 
 def describe_program(program: Program) -> str:
-    """Header and table; t and the half log-SNR are those of the point an instruction evaluates or arrives at."""
+    """Header and table; t and the half log-SNR are those of the point an instruction evaluates or arrives
+    at.
+    """
     name = program.path.get("name", "?")
     noises = f", {len(program.noise_slots)} noises" if program.noise_slots else ""
     lines = [
@@ -39,5 +41,3 @@ def describe_program(program: Program) -> str:
             head = f"{number:>4}  {label:<12}" if place == 0 else " " * 18
             lines.append(f"{head}  {op.node.t:>8.5f}  {op.node.log_snr:>8.3f}  {describe_instruction(op)}")
     return "\n".join(lines)
-
-

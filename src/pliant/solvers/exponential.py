@@ -7,11 +7,14 @@ from typing import ClassVar
 
 from pliant.errors import PlanError
 from pliant.solvers.builder import ProgramBuilder
-from pliant.solvers.coefficients import Fit, depth_of_eta, get_fit
+from pliant.solvers.coefficients import depth_of_eta
+from pliant.solvers.fits import Fit, get_fit
 from pliant.solvers.solver import Solver
 
 
-def emit_multistep(b: ProgramBuilder, i: int, order: int, form: str, fit: str | Fit, depth: float = 0.0) -> None:
+def emit_multistep(
+    b: ProgramBuilder, i: int, order: int, form: str, fit: str | Fit, depth: float = 0.0
+) -> None:
     """Evaluate at node i, then extrapolate through the newest `order` outputs to node i+1.
 
     The order drops by itself while there is too little history and where the step is infinite in log-SNR.
@@ -19,7 +22,9 @@ def emit_multistep(b: ProgramBuilder, i: int, order: int, form: str, fit: str | 
     s, t = b.nodes[i], b.nodes[i + 1]
     b.remember(b.evaluate(s))
     if s.sigma == 0.0 and form == "sample":
-        form = "epsilon"  # leaving data (inversion): the first-order map is the same, only this form of it is finite
+        form = (
+            "epsilon"  # leaving data (inversion): the same first-order map, in the form that is finite there
+        )
     outputs = b.usable(form, s, t, order)
     b.advance(b.transfer(form, t, outputs, base=(b.state, s), fit=fit, depth=depth))
 
@@ -53,9 +58,9 @@ class DDIM(Solver):
 class DPMSolverPP2M(Solver):
     """DPM-Solver++(2M) (arXiv 2211.01095): second order from one call per step, in x0 form.
 
-    fit: "midpoint" (published and diffusers' default) or "lagrange" (diffusers' "heun"); both are second order.
-    lower_order_final: make the last step first order even when it ends above sigma = 0 (diffusers does so below 15
-    steps); a last step to sigma = 0 always is.
+    fit: "midpoint" (published and diffusers' default) or "lagrange" (diffusers' "heun"); both are second
+    order. lower_order_final: make the last step first order even when it ends above sigma = 0 (diffusers does
+    so below 15 steps); a last step to sigma = 0 always is.
     """
 
     name: ClassVar[str] = "dpmpp-2m"

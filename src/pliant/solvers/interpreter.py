@@ -1,7 +1,7 @@
 """The one loop that runs every solver program.
 
-Coefficients are Python floats fixed at compile time; states are float32 or wider, whatever the network computes in.
-Registers are freed after their last use, noise is drawn when it is first needed.
+Coefficients are Python floats fixed at compile time; states are float32 or wider, whatever the network
+computes in. Registers are freed after their last use, noise is drawn when it is first needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class NetworkOutput(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """A network's prediction, of the program's stored kind and x's shape, and its variance code if it has one."""
+    """A network's prediction, of the program's stored kind and x's shape, and its variance code if it has
+    one.
+    """
 
     value: Tensor
     variance: Tensor | None = None
@@ -43,7 +45,9 @@ Noise: TypeAlias = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves: the state `x` at `node`, and the network's estimate of clean data, computed when asked for."""
+    """What a step leaves: the state `x` at `node`, and the network's estimate of clean data, computed when
+    asked for.
+    """
 
     index: int
     x: Tensor
@@ -57,7 +61,9 @@ class StepResult:
         Raises PlanError before the first call, or where the prediction does not determine it (alpha = 0).
         """
         if self._estimate is None:
-            raise PlanError(f"step {self.index} comes before the first network call, so there is no x0 estimate")
+            raise PlanError(
+                f"step {self.index} comes before the first network call, so there is no x0 estimate"
+            )
         return self._estimate.x0()
 
 
@@ -80,7 +86,9 @@ class _Estimate:
 
 def sample_coefficients(stored: PredictionType, node: Node) -> tuple[float, float]:
     """(p, q) with `x0 = p*x + q*output` at this node. Raises PlanError where they do not exist."""
-    values = (torch.tensor(v, dtype=torch.float64) for v in (node.alpha, node.sigma, node.dalpha, node.dsigma))
+    values = (
+        torch.tensor(v, dtype=torch.float64) for v in (node.alpha, node.sigma, node.dalpha, node.dsigma)
+    )
     p, q = conversion(stored, "sample", AlphaSigma(*values))
     if not bool(torch.isfinite(p) & torch.isfinite(q)):
         raise PlanError(f"a {stored} prediction at t={node.t:g} (alpha={node.alpha:g}) does not determine x0")
@@ -88,7 +96,9 @@ def sample_coefficients(stored: PredictionType, node: Node) -> tuple[float, floa
 
 
 def combine(terms: list[tuple[float, Tensor]], like: Tensor) -> Tensor:
-    """Sum of coefficient * tensor in `like`'s dtype: one fresh accumulator, then one in-place pass per further term."""
+    """Sum of coefficient * tensor in `like`'s dtype: one fresh accumulator, then one in-place pass per
+    further term.
+    """
     live = [(c, v) for c, v in terms if c != 0.0]
     if not live:
         return torch.zeros_like(like)
@@ -116,7 +126,9 @@ def run(
     if not x.is_floating_point():
         raise ShapeError(f"the start state must be a floating-point tensor, got {x.dtype}")
     if program.noise_slots and noise is None:
-        raise PlanError(f"this program draws noise in {len(program.noise_slots)} places; pass noise(slot) -> Tensor")
+        raise PlanError(
+            f"this program draws noise in {len(program.noise_slots)} places; pass noise(slot) -> Tensor"
+        )
     if program.needs_offset and mu is None:
         raise PlanError("this program is for a path with an offset; pass mu, a tensor of x's shape")
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -138,7 +150,9 @@ def _run(
                 registers["m", op.out] = value
                 if op.out in program.variance_outputs:
                     if output.variance is None:
-                        raise PlanError(f"step {op.step} uses a learned variance, but the network returned none")
+                        raise PlanError(
+                            f"step {op.step} uses a learned variance, but the network returned none"
+                        )
                     registers["u", op.out] = _checked(output.variance, state, "the network's variance")
                 estimate = _Estimate(op.node, program.stored, state, value, mu)
             else:
@@ -160,12 +174,16 @@ def _lin(op: Lin, registers: dict[Register, Tensor], like: Tensor, mu: Tensor | 
         terms.append((op.mu, mu))
     total = combine(terms, like)
     if op.learned is not None:
-        total.addcmul_(_learned_scale(op.learned, registers["u", op.learned.output]), registers["z", op.learned.slot])
+        total.addcmul_(
+            _learned_scale(op.learned, registers["u", op.learned.output]), registers["z", op.learned.slot]
+        )
     return total
 
 
 def _learned_scale(learned: LearnedNoise, code: Tensor) -> Tensor:
-    """exp(log-variance / 2), interpolated in the log domain by the code u in [-1, 1] (not clamped, as official)."""
+    """exp(log-variance / 2), interpolated in the log domain by the code u in [-1, 1] (not clamped, as
+    official).
+    """
     # (f*high + (1-f)*low)/2 with f = (u+1)/2  =  u*(high-low)/4 + (high+low)/4
     quarter = (learned.log_high + learned.log_low) / 4.0
     return torch.mul(code, (learned.log_high - learned.log_low) / 4.0).add_(quarter).exp_()
@@ -174,5 +192,7 @@ def _learned_scale(learned: LearnedNoise, code: Tensor) -> Tensor:
 def _checked(value: Tensor, like: Tensor, what: str) -> Tensor:
     """`value` in the dtype of the state, or ShapeError: a silent broadcast would be a wrong sample."""
     if value.shape != like.shape:
-        raise ShapeError(f"{what} has shape {tuple(value.shape)}, expected that of the state, {tuple(like.shape)}")
+        raise ShapeError(
+            f"{what} has shape {tuple(value.shape)}, expected that of the state, {tuple(like.shape)}"
+        )
     return value.to(like.dtype)

@@ -1,4 +1,6 @@
-"""Equality of solvers as equality of matrices, and the identities a compiled solver must satisfy (sheet D, 14.5)."""
+"""Equality of solvers as equality of matrices, and the identities a compiled solver must satisfy (sheet D,
+14.5).
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ from pliant.solvers.program import Eval, Lin, Node, Program
 
 @dataclass(frozen=True)
 class NormalForm:
-    """Every state in terms of what enters from outside: `x_i = a_i x_start + C_i . m + S_i . z + L_i . l + b_i mu`.
+    """Every state in terms of what enters from outside: `x_i = a_i x_start + C_i . m + S_i . z + L_i . l +
+    b_i mu`.
 
-    Row 0 is the start. a, b: (states,); c: (states, evaluations); s: (states, noise slots); learned: (states, learned
-    noises), one column per learned-variance noise. All float64. `evaluated` lists the row each evaluation sees, `final` the
-    row of the sample, `states` the register of each row.
+    Row 0 is the start. a, b: (states,); c: (states, evaluations); s: (states, noise slots); learned: (states,
+    learned noises), one column per learned-variance noise. All float64. `evaluated` lists the row each
+    evaluation sees, `final` the row of the sample, `states` the register of each row.
     """
 
     a: Tensor
@@ -31,7 +34,9 @@ class NormalForm:
     states: tuple[int, ...]
 
     def rows(self) -> Tensor:
-        """(evaluations + 1, columns): what every network call sees, then the sample. Equal rows = the same solver."""
+        """(evaluations + 1, columns): what every network call sees, then the sample. Equal rows = the same
+        solver.
+        """
         table = torch.cat([self.a[:, None], self.c, self.s, self.learned, self.b[:, None]], dim=1)
         return table[[*self.evaluated, self.final]]
 
@@ -78,9 +83,9 @@ def normal_form(program: Program) -> NormalForm:
 class Residual(NamedTuple):
     """How far one Lin is from the path when fed a point of it: zero for a consistent exponential step.
 
-    data, noise: error of the coefficients of x0 and eps at the Lin's node, for a constant x0 and eps (deterministic
-    consistency). variance: `noise^2 + sum z^2 - sigma^2`, the marginal variance when x0 is known (stochastic steps in
-    x0 form). state: the register; step: its step.
+    data, noise: error of the coefficients of x0 and eps at the Lin's node, for a constant x0 and eps
+    (deterministic consistency). variance: `noise^2 + sum z^2 - sigma^2`, the marginal variance when x0 is
+    known (stochastic steps in x0 form). state: the register; step: its step.
     """
 
     step: int
@@ -93,9 +98,9 @@ class Residual(NamedTuple):
 def consistency(program: Program) -> list[Residual]:
     """Residuals of every Lin without learned noise.
 
-    If x0 and eps were constant, every state at node n would be alpha_n*x0 + sigma_n*eps and every output its own
-    combination of the two. Exponential solvers (x0, eps, angle forms) are exact then; Runge-Kutta in t is exact on
-    the straight path only.
+    If x0 and eps were constant, every state at node n would be alpha_n*x0 + sigma_n*eps and every output its
+    own combination of the two. Exponential solvers (x0, eps, angle forms) are exact then; Runge-Kutta in t is
+    exact on the straight path only.
     """
     nodes: dict[int, Node] = {0: program.start}
     outputs: list[tuple[float, float]] = []
@@ -117,8 +122,11 @@ def consistency(program: Program) -> list[Residual]:
 
 def _output_row(program: Program, node: Node) -> tuple[float, float]:
     """The stored output as (coefficient of x0, coefficient of eps)."""
-    s = AlphaSigma(*(torch.tensor(v, dtype=torch.float64) for v in (node.alpha, node.sigma, node.dalpha, node.dsigma)))
-    # value = p*x + q*P for a kind P that is known exactly: take x0 where noise is small, eps where data is small.
+    s = AlphaSigma(
+        *(torch.tensor(v, dtype=torch.float64) for v in (node.alpha, node.sigma, node.dalpha, node.dsigma))
+    )
+    # value = p*x + q*P for a kind P that is known exactly: take x0 where noise is small, eps where data is
+    # small.
     if node.alpha >= node.sigma:
         p, q = (float(v) for v in conversion("epsilon", program.stored, s))
         return p * node.alpha, p * node.sigma + q

@@ -1,8 +1,9 @@
 """A solver program: the straight-line table that every sampler compiles to (sheet D, 14.2).
 
-Two instructions suffice. `Eval` calls the network at a stored state; `Lin` writes a new state as a linear combination
-of stored states x, stored network outputs m, noise slots z and the path's offset mu. Every number that makes DDIM
-differ from Heun sits in the float64 coefficients, so programs can be printed, compared, serialised and searched.
+Two instructions suffice. `Eval` calls the network at a stored state; `Lin` writes a new state as a linear
+combination of stored states x, stored network outputs m, noise slots z and the path's offset mu. Every number
+that makes DDIM differ from Heun sits in the float64 coefficients, so programs can be printed, compared,
+serialised and searched.
 
 Registers are numbered and written once. State 0 is the start; outputs are numbered in order of evaluation.
 """
@@ -28,10 +29,11 @@ Register: TypeAlias = tuple[RegisterKind, int]
 
 @dataclass(frozen=True)
 class Node:
-    """One point of a path: `x = alpha*x0 + sigma*eps + beta*mu`, with d/dt of alpha and sigma at house time t.
+    """One point of a path: `x = alpha*x0 + sigma*eps + beta*mu`, with d/dt of alpha and sigma at house time
+    t.
 
-    `t` is what the denoiser is called with, alpha and sigma are what the algebra uses. `dsigma` is infinite where a
-    variance-preserving path reaches sigma = 0.
+    `t` is what the denoiser is called with, alpha and sigma are what the algebra uses. `dsigma` is infinite
+    where a variance-preserving path reaches sigma = 0.
     """
 
     t: float
@@ -63,7 +65,8 @@ class Eval:
 class LearnedNoise:
     """Noise whose size the network predicts (Improved DDPM, arXiv 2102.09672, eq. 15).
 
-    Adds `exp((f*log_high + (1-f)*log_low)/2) * z[slot]`, f = (u+1)/2, u = the variance code that came with `output`.
+    Adds `exp((f*log_high + (1-f)*log_low)/2) * z[slot]`, f = (u+1)/2, u = the variance code that came with
+    `output`.
     """
 
     slot: int
@@ -74,7 +77,9 @@ class LearnedNoise:
 
 @dataclass(frozen=True)
 class Lin:
-    """`x[out] = sum x-terms + sum m-terms + sum z-terms + mu * offset (+ learned noise)`, a state at `node`."""
+    """`x[out] = sum x-terms + sum m-terms + sum z-terms + mu * offset (+ learned noise)`, a state at
+    `node`.
+    """
 
     out: int
     node: Node
@@ -103,8 +108,9 @@ class Program:
     """Instructions grouped by step, with the path they were compiled for.
 
     stored: the prediction kind of every `m` register (what `evaluate` must return; conversions are in the
-    coefficients). final: the state register that holds the sample. labels: one solver name per step, for people.
-    Raises PlanError if an instruction reads what nothing wrote, writes twice, or holds a number that is not finite.
+    coefficients). final: the state register that holds the sample. labels: one solver name per step, for
+    people. Raises PlanError if an instruction reads what nothing wrote, writes twice, or holds a number that
+    is not finite.
     """
 
     path: dict[str, Any]
@@ -136,7 +142,11 @@ class Program:
     @cached_property
     def noise_slots(self) -> tuple[int, ...]:
         """Every noise slot that is read, ascending."""
-        return tuple(sorted({i for op in self.instructions() if isinstance(op, Lin) for k, i in op.reads() if k == "z"}))
+        return tuple(
+            sorted(
+                {i for op in self.instructions() if isinstance(op, Lin) for k, i in op.reads() if k == "z"}
+            )
+        )
 
     @cached_property
     def needs_offset(self) -> bool:
@@ -146,7 +156,9 @@ class Program:
     @cached_property
     def variance_outputs(self) -> frozenset[int]:
         """Outputs whose variance code is read: `evaluate` must return it for these."""
-        return frozenset(op.learned.output for op in self.instructions() if isinstance(op, Lin) and op.learned)
+        return frozenset(
+            op.learned.output for op in self.instructions() if isinstance(op, Lin) and op.learned
+        )
 
     @cached_property
     def _last_uses(self) -> tuple[tuple[Register, ...], ...]:
@@ -164,7 +176,9 @@ class Program:
         return tuple(tuple(d) for d in dead)
 
     def last_uses(self) -> tuple[tuple[Register, ...], ...]:
-        """For each instruction in order: the registers that nothing reads after it. The final state never dies."""
+        """For each instruction in order: the registers that nothing reads after it. The final state never
+        dies.
+        """
         return self._last_uses
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,7 +210,9 @@ class Program:
 def _validate(program: Program) -> None:
     """Raise PlanError unless the program can run from top to bottom."""
     if len(program.labels) != len(program.steps):
-        raise PlanError(f"program has {len(program.steps)} steps but {len(program.labels)} labels; give one per step")
+        raise PlanError(
+            f"program has {len(program.steps)} steps but {len(program.labels)} labels; give one per step"
+        )
     states, outputs = {0}, 0
     for number, step in enumerate(program.steps):
         if not any(isinstance(op, Lin) for op in step):
@@ -206,7 +222,9 @@ def _validate(program: Program) -> None:
                 if op.state not in states:
                     raise PlanError(f"step {number} evaluates state {op.state}, which nothing has written")
                 if op.out != outputs:
-                    raise PlanError(f"step {number} writes output {op.out}; outputs are numbered in order, expected {outputs}")
+                    raise PlanError(
+                        f"step {number} writes output {op.out}, expected {outputs}: outputs count up from 0"
+                    )
                 outputs += 1
             else:
                 _validate_lin(op, number, states, outputs)
@@ -221,9 +239,13 @@ def _validate_lin(op: Lin, number: int, states: set[int], outputs: int) -> None:
     for kind, index in op.reads():
         known = index in states if kind == "x" else 0 <= index < outputs if kind in ("m", "u") else index >= 0
         if not known:
-            raise PlanError(f"step {number} reads {kind}{index} for state {op.out}, which nothing has written")
+            raise PlanError(
+                f"step {number} reads {kind}{index} for state {op.out}, which nothing has written"
+            )
     numbers = [c for terms in (op.x, op.m, op.z) for _, c in terms] + [op.mu]
     if op.learned is not None:
         numbers += [op.learned.log_low, op.learned.log_high]
     if not all(map(math.isfinite, numbers)):
-        raise PlanError(f"step {number} has a coefficient that is not finite for state {op.out} at t={op.node.t:g}")
+        raise PlanError(
+            f"step {number} has a coefficient that is not finite for state {op.out} at t={op.node.t:g}"
+        )

@@ -7,12 +7,14 @@ from dataclasses import fields
 from typing import Any, TypeAlias
 
 from pliant.errors import PlanError, suggest
+from pliant.solvers.ancestral import DDPM
 from pliant.solvers.exponential import DDIM, DPMSolverPP2M
 from pliant.solvers.runge_kutta import Euler, Heun, Midpoint
+from pliant.solvers.sde import SiTSDE
 from pliant.solvers.solver import Solver
 
 SOLVERS: dict[str, type[Solver]] = {
-    cls.name: cls for cls in (DDIM, DPMSolverPP2M, Euler, Heun, Midpoint)
+    cls.name: cls for cls in (DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Midpoint, SiTSDE)
 }
 
 SolverLike: TypeAlias = str | Mapping[str, Any] | Solver

@@ -1,4 +1,6 @@
-"""Explicit Runge-Kutta on the probability-flow ODE dx/dt = v(x, t) (sheet D, 13.1). A method is its tableau."""
+"""Explicit Runge-Kutta on the probability-flow ODE dx/dt = v(x, t) (sheet D, 13.1). A method is its
+tableau.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from pliant.errors import PlanError
 from pliant.solvers.builder import ProgramBuilder, Stored
-from pliant.solvers.coefficients import pseudo
+from pliant.solvers.fits import pseudo
 from pliant.solvers.program import Node
 from pliant.solvers.solver import Solver
 
@@ -42,7 +44,8 @@ def _stage(
 ) -> int:
     """The state `x_start + h * sum row_j k_j` at node t."""
     used = [(r, k) for r, k in zip(row, stages, strict=True) if r != 0.0]
-    # Rows are relative to the whole step h, `pseudo` to the stage's own t - s; the two differ for inner stages.
+    # Rows are relative to the whole step h, `pseudo` to the stage's own t - s; the two differ for inner
+    # stages.
     share = h / (t.t - s.t)
     return b.transfer(
         "velocity", t, [k for _, k in used], base=(start, s), fit=pseudo([r * share for r, _ in used])
@@ -64,8 +67,9 @@ class Euler(Solver):
 class Heun(Solver):
     """Heun's trapezoid in t, two calls per step.
 
-    last: what a step that arrives at sigma = 0 does: "euler" (default; EDM's and diffusers' rule: networks are not
-    trained at sigma = 0) or "heun" (evaluate there too; needs a path whose velocity is finite at data).
+    last: what a step that arrives at sigma = 0 does: "euler" (default; EDM's and diffusers' rule: networks
+    are not trained at sigma = 0) or "heun" (evaluate there too; needs a path whose velocity is finite at
+    data).
     """
 
     name: ClassVar[str] = "heun"

@@ -28,12 +28,14 @@ def program_to_dict(program: Program) -> dict[str, Any]:
 
 
 def program_from_dict(data: Mapping[str, Any]) -> Program:
-    """Inverse of `program_to_dict`. Raises FormatError (wrong keys, types, version) or PlanError (cannot run)."""
-    fields = _fields(
-        data, "program", "version", "path", "stored", "start", "end", "final", "labels", "steps"
-    )
+    """Inverse of `program_to_dict`. Raises FormatError (wrong keys, types, version) or PlanError (cannot
+    run).
+    """
+    fields = _fields(data, "program", "version", "path", "stored", "start", "end", "final", "labels", "steps")
     if fields["version"] != VERSION:
-        raise FormatError(f"program version {fields['version']!r} is not supported; this Pliant reads version {VERSION}")
+        raise FormatError(
+            f"program version {fields['version']!r} is not supported; this Pliant reads version {VERSION}"
+        )
     try:
         return Program(
             path=dict(fields["path"]),
@@ -57,7 +59,9 @@ def _fields(data: Any, what: str, *names: str) -> dict[str, Any]:
     unknown, missing = sorted(set(data) - set(names)), sorted(set(names) - set(data))
     if unknown or missing:
         parts = [f"unknown {unknown}" if unknown else "", f"missing {missing}" if missing else ""]
-        raise FormatError(f"{what} has the wrong keys: {', '.join(filter(None, parts))}; expected {', '.join(names)}")
+        raise FormatError(
+            f"{what} has the wrong keys: {', '.join(filter(None, parts))}; expected {', '.join(names)}"
+        )
     return dict(data)
 
 
@@ -104,7 +108,13 @@ def _learned_from_dict(data: Any) -> LearnedNoise:
 
 def _instruction_to_dict(op: Instruction) -> dict[str, Any]:
     if isinstance(op, Eval):
-        return {"op": "eval", "out": op.out, "state": op.state, "node": _node_to_dict(op.node), "step": op.step}
+        return {
+            "op": "eval",
+            "out": op.out,
+            "state": op.state,
+            "node": _node_to_dict(op.node),
+            "step": op.step,
+        }
     return {
         "op": "lin",
         "out": op.out,

@@ -13,8 +13,8 @@ from pliant.solvers.builder import ProgramBuilder
 class Solver(ABC):
     """Base of all solvers: frozen, hashable, serialisable.
 
-    name: what users type. order: global order of convergence on a smooth problem (strong order of the deterministic
-    part for stochastic ones). evaluations_per_step: network calls of a regular step.
+    name: what users type. order: global order of convergence on a smooth problem (strong order of the
+    deterministic part for stochastic ones). evaluations_per_step: network calls of a regular step.
     """
 
     name: ClassVar[str]

@@ -1,0 +1,72 @@
+"""DDPM's ancestral sampler with the variances of the official DiT code (sheet A, 3.3)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pliant.errors import PlanError, suggest
+from pliant.solvers.builder import ProgramBuilder
+from pliant.solvers.coefficients import depth_of_eta, get_form, step_weights
+from pliant.solvers.program import LearnedNoise, Node
+from pliant.solvers.solver import Solver
+
+VARIANCES = ("learned-range", "posterior", "beta")
+
+
+def respaced_beta(s: Node, t: Node) -> float:
+    """`1 - alpha_s^2/alpha_t^2`: beta of a respaced chain between t and the noisier s."""
+    ratio = s.alpha / t.alpha
+    return (1.0 - ratio) * (1.0 + ratio)
+
+
+@dataclass(frozen=True)
+class DDPM(Solver):
+    """Ancestral sampling (arXiv 2006.11239): posterior mean of x_t given x_s and the x0 estimate, plus noise.
+
+    variance: "learned-range" (default; the network interpolates between the two others in the log domain,
+    DiT's released models), "posterior" (beta-tilde, small) or "beta" (large). Arriving at sigma = 0 no noise
+    is added, so the zero posterior variance of the last step, which the official code patches, is never
+    needed. No clipping.
+    """
+
+    name: ClassVar[str] = "ddpm"
+    order: ClassVar[int] = 1
+
+    variance: str = "learned-range"
+
+    def __post_init__(self) -> None:
+        if self.variance not in VARIANCES:
+            raise PlanError(f"unknown ddpm variance {self.variance!r}: {suggest(self.variance, VARIANCES)}")
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def emit(self, builder: ProgramBuilder, i: int) -> None:
+        s, t = builder.nodes[i], builder.nodes[i + 1]
+        if self.variance == "learned-range" and not builder.variance:
+            raise PlanError(
+                "ddpm with variance 'learned-range' needs a network that predicts variances, unlike this one; "
+                "use {'name': 'ddpm', 'variance': 'posterior'}"
+            )
+        output = builder.evaluate(s)
+        builder.remember(output)
+        # The posterior mean is the tau = 1 step in x0 form; only the size of the noise is DDPM's own choice.
+        form = get_form("sample")
+        step, (weight,) = step_weights(form, s, t, [s], depth=depth_of_eta(1.0, s, t))
+        rows = [(weight, builder.convert(output, form.kind))]
+        x = {builder.state: step.a}
+        mu = t.beta - step.a * s.beta
+        if t.sigma == 0.0:
+            builder.advance(builder.combine_rows(t, x, rows, mu=mu))
+            return
+        slot, beta = builder.noise(), respaced_beta(s, t)
+        if self.variance == "learned-range":
+            low, high = 2.0 * math.log(step.noise), math.log(beta)
+            learned = LearnedNoise(slot, output.out, low, high)
+            builder.advance(builder.combine_rows(t, x, rows, mu=mu, learned=learned))
+        else:
+            size = step.noise if self.variance == "posterior" else math.sqrt(beta)
+            builder.advance(builder.combine_rows(t, x, rows, z={slot: size}, mu=mu))
