@@ -1,0 +1,302 @@
+"""The typed configuration tree of a training run, loaded from YAML; unknown keys are refused with the nearest name.
+
+config = load_config("configs/digits-flow.yaml", ["steps=200", "optimizer.lr=3e-4"])
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pliant.errors import ConfigError, suggest
+
+
+class Section(BaseModel):
+    """Base of all parts of the tree: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class FlexifyConfig(Section):
+    """Make the model flexible before training. Fields of `FlexSpec`; see `pliant flexify --help`."""
+
+    patch_sizes: list[int | list[int]]
+    recipe: Literal["lora", "shared"] = "lora"
+    options: dict[str, Any] = {}
+    """Further fields of the recipe, e.g. {rank: 32}."""
+
+
+class ModelConfig(Section):
+    """A new network (`dit`) or a trained one (`from`); optionally made flexible."""
+
+    dit: dict[str, Any] | None = None
+    """Fields of DiTConfig; `name: DiT-S/2` fills in a named size first."""
+    from_: str | None = Field(default=None, alias="from")
+    """Folder, file or Hub id of a model."""
+    flexify: FlexifyConfig | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelConfig:
+        if (self.dit is None) == (self.from_ is None):
+            raise ValueError("give either `dit` (a new network) or `from` (a trained model)")
+        return self
+
+
+class FlowMatchingConfig(Section):
+    """Velocity regression on any path with a Gaussian source."""
+
+    name: Literal["flow_matching"] = "flow_matching"
+    time: str | dict[str, Any] = "uniform"
+    """Density of training times: uniform, logit-normal, mode, cosmap, or {name: logit-normal, mean: 0, std: 1}."""
+    class_dropout: float | None = Field(default=None, ge=0, le=1)
+    """Probability of training without label; default: the network's own (0.1)."""
+
+
+class DDPMConfig(Section):
+    """DiT's loss: noise MSE, plus the variational bound for learned variances. Path vp-discrete."""
+
+    name: Literal["ddpm"]
+    class_dropout: float | None = Field(default=None, ge=0, le=1)
+
+
+class MMDConfig(Section):
+    """Bootstrap of recipe S (sheet A, 7.3)."""
+
+    weight: float = Field(default=0.1, ge=0)
+    weak_steps: int = Field(default=2, ge=1)
+    powerful_steps: int = Field(default=2, ge=1)
+    grid: int = Field(default=250, ge=3)
+    clean_bias: float = Field(default=2.0, gt=0)
+
+
+class SharedConfig(Section):
+    """Recipe S: the model's own loss at a random patch size per batch."""
+
+    name: Literal["shared"]
+    own: Annotated[FlowMatchingConfig | DDPMConfig, Field(discriminator="name")] = FlowMatchingConfig()
+    mmd: MMDConfig | None = None
+
+
+class DistillConfig(Section):
+    """Recipe L: new patch sizes imitate the original one."""
+
+    name: Literal["distill"]
+    time: str | dict[str, Any] | None = None
+    """Default: uniform (over the table's entries on vp-discrete)."""
+    class_dropout: float | None = Field(default=None, ge=0, le=1)
+    variance_weight: float = Field(default=0.1, ge=0)
+
+
+ObjectiveConfig = Annotated[
+    FlowMatchingConfig | DDPMConfig | SharedConfig | DistillConfig, Field(discriminator="name")
+]
+
+
+class DataConfig(Section):
+    """Images and labels."""
+
+    source: str
+    """"digits", a folder (one sub-folder per class, or metadata.jsonl), a Parquet file or glob, or a Hub data set."""
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str | None = "label"
+    """null: no labels, everything is class 0."""
+    flip: bool = False
+    """Mirror half of the samples left-right."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many images."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and the learning rate's course."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    decay: Literal["constant", "cosine"] = "constant"
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest gradient norm; null: no clipping."""
+
+
+class EMAConfig(Section):
+    """Average of the weights that is exported and sampled from."""
+
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+    warmup: bool = True
+    """Use min(decay, (1+k)/(10+k)) at step k; false: the plain decay of the papers."""
+
+
+class CheckpointConfig(Section):
+    """Resumable states `checkpoint-000500/` in the output folder."""
+
+    every: int = Field(default=1000, ge=1)
+    """Optimizer steps between checkpoints; one is always written at the end."""
+    keep: int = Field(default=2, ge=1)
+
+
+class SamplingConfig(Section):
+    """Sample grids during training."""
+
+    every: int = Field(default=0, ge=0)
+    """Optimizer steps between grids; 0: none."""
+    steps: int = Field(default=25, ge=1)
+    solver: str = "heun"
+    guidance: float = Field(default=1.0, ge=0)
+    columns: int = Field(default=10, ge=1)
+    """Classes shown, one per column."""
+    rows: int = Field(default=4, ge=1)
+
+
+class TrainConfig(Section):
+    """A training run. Two runs with equal configs give equal results."""
+
+    model: ModelConfig
+    path: str | dict[str, Any] | None = None
+    """Of a new network: linear (default), vp-discrete (default for ddpm), vp, cosine, gvp."""
+    prediction: str | None = None
+    """Of a new network: velocity (default), epsilon (default for ddpm), sample, v_prediction, score."""
+    network_time: dict[str, Any] | None = None
+    """Of a new network: {scale, offset, reversed}; default 1000*t, or table entries on vp-discrete."""
+    objective: ObjectiveConfig = FlowMatchingConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(ge=1)
+    """Samples per optimizer step, over all processes and accumulation."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step and process."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; weights, optimizer and EMA stay float32."""
+    seed: int = Field(default=0, ge=0)
+    ema: EMAConfig = EMAConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    log_every: int = Field(default=50, ge=1)
+    output: str
+    """Folder of the run: checkpoints, metrics.jsonl, TensorBoard events, samples, and `model/` at the end."""
+    resume: Literal["latest"] | None = None
+    """latest: go on from the newest valid checkpoint in `output` (from the start if there is none)."""
+
+    @model_validator(mode="after")
+    def _model_fields(self) -> TrainConfig:
+        if self.model.from_ is not None:
+            for name in ("path", "prediction", "network_time"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` belongs to new networks; a model loaded with `from` brings its own"
+                    )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `parse_config` reads it back."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply `key.sub=value` overrides (values are YAML). Raises ConfigError in one line."""
+    try:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} should hold `key: value` pairs at the top level, e.g. `steps: 1000`")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    *parents, last = key.strip().split(".")
+    for name in parents:
+        # `dict | None` sections may be absent or null in the file.
+        if not isinstance(tree.get(name), dict):
+            if tree.get(name) is not None:
+                raise ConfigError(f"override {override!r}: {name} is {tree[name]!r}, not a section")
+            tree[name] = {}
+        tree = tree[name]
+    tree[last] = value
+
+
+def parse_config(tree: Mapping[str, Any]) -> TrainConfig:
+    """A config from nested mappings. Raises ConfigError in one line."""
+    return _parse(TrainConfig, tree)
+
+
+SectionT = typing.TypeVar("SectionT", bound=Section)
+
+
+def _parse(section: type[SectionT], tree: Mapping[str, Any]) -> SectionT:
+    _reject_unknown(section, tree, "")
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Union tags appear in pydantic's locations; a reader's keys are those that the file really has.
+        where = ".".join(str(part) for part in first["loc"] if not _is_tag(str(part)))
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        raise ConfigError(f"config{' key ' + where if where else ''}: {message}{given}") from None
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The Section classes in an annotation such as `X | None` or `Annotated[X | Y, ...]`."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _sections(typing.get_args(annotation)[0])
+    if origin in (typing.Union, UnionType):
+        return [section for option in typing.get_args(annotation) for section in _sections(option)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def _is_tag(name: str) -> bool:
+    return name in {tag for section in _TAGGED for tag in _tags(section)}
+
+
+def _tags(section: type[Section]) -> tuple[Any, ...]:
+    return typing.get_args(section.model_fields["name"].annotation)
+
+
+_TAGGED: tuple[type[Section], ...] = (FlowMatchingConfig, DDPMConfig, SharedConfig, DistillConfig)
+
+
+def _reject_unknown(section: type[Section], tree: Any, prefix: str) -> None:
+    """Pydantic refuses unknown keys too, but does not say which name was meant."""
+    if not isinstance(tree, Mapping):
+        return
+    fields = {info.alias or name: info for name, info in section.model_fields.items()}
+    for key, value in tree.items():
+        if key not in fields:
+            where = f" in {prefix.rstrip('.')}" if prefix else ""
+            raise ConfigError(f"unknown config key {str(key)!r}{where}: {suggest(str(key), fields)}")
+        options = _sections(fields[key].annotation)
+        if len(options) > 1 and isinstance(value, Mapping):
+            options = _tagged(options, value, f"{prefix}{key}")
+        if options:
+            _reject_unknown(options[0], value, f"{prefix}{key}.")
+
+
+def _tagged(options: list[type[Section]], value: Mapping[str, Any], where: str) -> list[type[Section]]:
+    names = {tag: option for option in options for tag in _tags(option)}
+    name = value.get("name")
+    if name not in names:
+        raise ConfigError(f"config key {where}.name is {name!r}: {suggest(str(name), names)}")
+    return [names[name]]

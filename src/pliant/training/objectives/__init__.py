@@ -1,0 +1,21 @@
+"""Losses that make models: flow matching, DDPM, and the two FlexiDiT recipes."""
+
+from pliant.training.objectives.base import Batch, Loss, Objective, drop_labels
+from pliant.training.objectives.ddpm import DDPM
+from pliant.training.objectives.distill import PatchDistillation
+from pliant.training.objectives.flow_matching import FlowMatching
+from pliant.training.objectives.mmd import mmd_squared
+from pliant.training.objectives.shared import MMDBootstrap, SharedPatches
+
+__all__ = [
+    "DDPM",
+    "Batch",
+    "FlowMatching",
+    "Loss",
+    "MMDBootstrap",
+    "Objective",
+    "PatchDistillation",
+    "SharedPatches",
+    "drop_labels",
+    "mmd_squared",
+]

@@ -1,0 +1,67 @@
+"""What an objective is: `objective(denoiser, batch, draws) -> Loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from pliant.training.draws import Draws
+
+if TYPE_CHECKING:
+    from pliant.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training samples on the training device.
+
+    images: (B, C, H, W) float32, pixels in [-1, 1] or normalised latents. labels: (B,) int64 classes.
+    partners: (B, C, H, W) other samples with the same labels, only for objectives with `needs_partners`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    partners: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to minimise and detached scalars to log (tensors, so that logging costs no device sync per step)."""
+
+    loss: Tensor
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """A loss for a denoiser. Pure: all randomness comes from `draws`."""
+
+    @property
+    def needs_partners(self) -> bool:
+        """Whether batches must carry a second sample of each label."""
+        ...
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Loss: ...
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Raise ConfigError if this denoiser cannot be trained with this objective."""
+        ...
+
+    def flops(self, denoiser: Denoiser) -> float:
+        """Expected FLOPs per training image (a backward pass counts as two forward passes)."""
+        ...
+
+
+def drop_labels(batch: Batch, denoiser: Denoiser, probability: float, draws: Draws) -> Tensor:
+    """(B,) labels, each replaced by the null label with `probability`: classifier-free guidance training.
+
+    Always consumes one draw, so the rest of a step's randomness does not depend on the probability.
+    """
+    dropped = draws.uniform() < probability
+    return torch.where(dropped, denoiser.null_label, batch.labels) if probability > 0 else batch.labels

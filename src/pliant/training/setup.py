@@ -1,0 +1,186 @@
+"""From a configuration to the things it names: denoiser, objective, data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pliant.denoiser import Denoiser
+from pliant.errors import ConfigError, DataError
+from pliant.models.dit import DiT, DiTConfig
+from pliant.paths import (
+    NetworkTime,
+    Path,
+    TimeDensity,
+    VPDiscrete,
+    get_path,
+    get_time_density,
+    prediction_type,
+)
+from pliant.training.config import (
+    DataConfig,
+    DDPMConfig,
+    DistillConfig,
+    FlowMatchingConfig,
+    ModelConfig,
+    SharedConfig,
+    TrainConfig,
+)
+from pliant.training.data import TrainingSet, open_images
+from pliant.training.draws import derived_seed
+from pliant.training.objectives import (
+    DDPM,
+    FlowMatching,
+    MMDBootstrap,
+    Objective,
+    PatchDistillation,
+    SharedPatches,
+)
+
+
+def build_denoiser(config: TrainConfig) -> Denoiser:
+    """The denoiser to train, float32 on the CPU. New weights are a function of the seed alone."""
+    denoiser = _loaded(config.model.from_) if config.model.from_ is not None else _new(config)
+    if config.model.flexify is not None:
+        from pliant.flexify import flexify
+
+        flex = config.model.flexify
+        patches = [patch if isinstance(patch, int) else (patch[0], patch[-1]) for patch in flex.patch_sizes]
+        denoiser = flexify(denoiser, patches, seed=config.seed, recipe=flex.recipe, **flex.options)
+    _unfreeze(denoiser)
+    return denoiser
+
+
+def _loaded(source: str) -> Denoiser:
+    import pliant
+
+    denoiser: Denoiser = pliant.load(source)
+    denoiser.network.float()
+    return denoiser
+
+
+def _unfreeze(denoiser: Denoiser) -> None:
+    """Models for inference may come frozen; training decides by recipe: "lora" trains its modes, all else everything."""
+    from pliant.adapters import FlexiDiT
+
+    network = denoiser.network
+    network.requires_grad_(True)
+    if isinstance(network, FlexiDiT) and network.spec.recipe == "lora":
+        network.base.requires_grad_(False)
+
+
+def _new(config: TrainConfig) -> Denoiser:
+    path, ddpm = _path(config), _own_objective(config) == "ddpm"
+    prediction = prediction_type(config.prediction or ("epsilon" if ddpm else "velocity"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed("weights", config.seed))
+        network = DiT(_dit_config(config.model, learn_sigma=ddpm))
+    return Denoiser(network, path, prediction, _network_time(config, path))
+
+
+def _own_objective(config: TrainConfig) -> str:
+    objective = config.objective
+    return objective.own.name if isinstance(objective, SharedConfig) else objective.name
+
+
+def _path(config: TrainConfig) -> Path:
+    given = config.path or ("vp-discrete" if _own_objective(config) == "ddpm" else "linear")
+    if isinstance(given, str):
+        return get_path(given)
+    options = dict(given)
+    return get_path(str(options.pop("name", None)), **options)
+
+
+def _network_time(config: TrainConfig, path: Path) -> NetworkTime:
+    if config.network_time is not None:
+        return NetworkTime.from_config(config.network_time)
+    # The sinusoidal embedder resolves times of 0..1000 best, whatever the path.
+    return (
+        NetworkTime.timesteps(path.num_timesteps)
+        if isinstance(path, VPDiscrete)
+        else NetworkTime(scale=1000.0)
+    )
+
+
+def _dit_config(model: ModelConfig, learn_sigma: bool) -> DiTConfig:
+    fields: dict[str, Any] = {"learn_sigma": learn_sigma, **(model.dit or {})}
+    name = fields.pop("name", None)
+    if name is None:
+        return DiTConfig.from_dict(fields)
+    base = DiTConfig.named(str(name)).to_dict()
+    return DiTConfig.from_dict({**base, **fields})
+
+
+def build_objective(config: TrainConfig, denoiser: Denoiser) -> Objective:
+    """The objective, checked against the denoiser. Raises ConfigError if they do not fit."""
+    objective = _objective(config.objective, denoiser)
+    objective.check(denoiser)
+    return objective
+
+
+def _objective(config: Any, denoiser: Denoiser) -> Objective:
+    if isinstance(config, SharedConfig):
+        mmd = None if config.mmd is None else MMDBootstrap(**config.mmd.model_dump())
+        own = _objective(config.own, denoiser)
+        assert isinstance(own, (FlowMatching, DDPM))  # for the type checker: the config admits only these
+        return SharedPatches(own, mmd)
+    dropout = _class_dropout(config.class_dropout, denoiser)
+    if isinstance(config, DDPMConfig):
+        return DDPM(dropout)
+    if isinstance(config, DistillConfig):
+        return PatchDistillation(
+            _density(config.time) if config.time else None, dropout, config.variance_weight
+        )
+    if isinstance(config, FlowMatchingConfig):
+        return FlowMatching(_density(config.time), dropout)
+    raise TypeError(type(config).__name__)  # pragma: no cover - the config's union is closed
+
+
+def _class_dropout(given: float | None, denoiser: Denoiser) -> float:
+    own = denoiser.config.class_dropout
+    if given is not None and given > 0 and own == 0:
+        raise ConfigError(
+            "class_dropout needs a null label: give the network `class_dropout` above 0 (DiT: 0.1)"
+        )
+    return own if given is None else given
+
+
+def _density(given: str | dict[str, Any]) -> TimeDensity:
+    if isinstance(given, str):
+        return get_time_density(given)
+    options = dict(given)
+    return get_time_density(str(options.pop("name", None)), **options)
+
+
+def build_data(config: DataConfig, denoiser: Denoiser) -> TrainingSet:
+    """The training images at the denoiser's size. Raises DataError if they cannot be used."""
+    channels, height, width = denoiser.sample_shape
+    return open_images(
+        config.source,
+        channels,
+        (height, width),
+        config.split,
+        config.image_column,
+        config.label_column,
+        config.limit,
+    )
+
+
+def check_labels(data: TrainingSet, denoiser: Denoiser) -> None:
+    """Raise DataError if a label has no place in the network."""
+    highest = int(data.labels.max())
+    if highest >= denoiser.num_classes:
+        raise DataError(
+            f"the data has labels up to {highest}, but the model has {denoiser.num_classes} classes; "
+            f"set model.dit.num_classes to at least {highest + 1}"
+        )
+
+
+def with_class_names(denoiser: Denoiser, data: TrainingSet) -> Denoiser:
+    """The denoiser with the data's class names in its metadata, unless it has some or the counts differ."""
+    names = list(data.class_names)
+    if "class_names" in denoiser.metadata or len(names) != denoiser.num_classes:
+        return denoiser
+    return replace(denoiser, metadata={**denoiser.metadata, "class_names": names})
