@@ -27,7 +27,7 @@ _PUBLIC = {
     "save_adapter": "pliant.formats",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
     from pliant.compute import Compute as Compute

@@ -213,5 +213,10 @@ class Denoiser:
         }
 
     def fingerprint(self) -> str:
-        """12 hex digits of `identity()`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+        """12 hex digits that recognise the model a plan was made for: `identity()` without its added patch sizes.
+
+        Fine-tuned and flexified relatives share it; whether they have the patch sizes a plan asks for is checked there.
+        """
+        identity = self.identity()
+        identity["network"].pop("flex", None)
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

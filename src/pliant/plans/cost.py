@@ -1,0 +1,60 @@
+"""What a plan costs: exact, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pliant.compute import MATMUL, Compute, Convention
+from pliant.denoiser import Denoiser
+from pliant.guidance import Guidance
+
+if TYPE_CHECKING:
+    from pliant.plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """Cost of one image. A multiply-add counts 2."""
+
+    flops: int
+    full_flops: int
+    """Of the same steps with every call at the model's own patch size."""
+    evaluations: int
+    """Solver evaluations (NFE); a guided one counts once."""
+    calls: int
+    """Network calls, guidance included."""
+    step_flops: tuple[int, ...]
+
+    @property
+    def share(self) -> float:
+        """Fraction of the full compute, 0..1."""
+        return self.flops / self.full_flops
+
+
+def call_flops(
+    model: Denoiser, compute: Compute, guidance: Guidance | None, convention: Convention = MATMUL
+) -> int:
+    """FLOPs of one evaluation: the conditional call and, if guided, its reference call."""
+    total = model.flops(compute, convention)
+    return total if guidance is None else total + model.flops(guidance.compute or compute, convention)
+
+
+def evaluations_per_step(plan: Plan, model: Denoiser) -> list[int]:
+    """Network evaluations of every step (a last step to clean data may need fewer)."""
+    counts = [0] * len(plan.steps)
+    for evaluation in plan.program(model).evaluations:
+        counts[evaluation.step] += 1
+    return counts
+
+
+def plan_cost(plan: Plan, model: Denoiser, convention: Convention = MATMUL) -> PlanCost:
+    """The exact cost of `plan` on `model`. Raises PlanError or ConfigError if the model cannot run it."""
+    plan.check(model)
+    counts = evaluations_per_step(plan, model)
+    full = model.flops(Compute(), convention)
+    step_flops = tuple(
+        n * call_flops(model, s.compute, s.guidance, convention) for n, s in zip(counts, plan.steps, strict=True)
+    )
+    calls = [n * (1 if s.guidance is None else 2) for n, s in zip(counts, plan.steps, strict=True)]
+    return PlanCost(sum(step_flops), sum(calls) * full, sum(counts), sum(calls), step_flops)

@@ -1,0 +1,152 @@
+"""Lowering: from a denoiser and the distinct computes of a plan to plain networks ready to run.
+
+Everything that can be known before the loop is done here: adapters merged, patch weights projected, weights
+converted, alignment coefficients of every evaluation, and modulation tables for the known times and labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pliant.adapters.alignment import alignment, coarse
+from pliant.compute import Compute, Precision
+from pliant.denoiser import Denoiser
+from pliant.models.dit import DiT
+
+TABLE_BYTES = 32 * 2**20
+"""Largest modulation table held at once; longer runs compute it in pieces."""
+
+RawCall = Callable[[Tensor, int], Tensor]
+"""(state, position in the list of times) -> raw network output."""
+
+
+@lru_cache(maxsize=1)
+def cpu_multiplies_bf16_faster() -> bool:
+    """Whether this processor has bf16 matrix instructions."""
+    import torch.backends.mkldnn as onednn
+
+    return bool(onednn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_units())
+
+
+def _has_bf16_units() -> bool:
+    flags = (getattr(torch.cpu, "_is_avx512_bf16_supported", None), getattr(torch.cpu, "_is_amx_tile_supported", None))
+    return any(flag is not None and flag() for flag in flags)
+
+
+def resolve_precision(precision: Precision | None, network: DiT) -> torch.dtype:
+    """The dtype a call runs in. None: bf16 where the hardware multiplies it faster and the network is wide enough.
+
+    Below a width of 256 conversions cost more than bf16 products save on a CPU (benchmarks/step.py).
+    """
+    if precision is not None:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    device = network.head.weight.device.type
+    if device == "cuda":
+        return torch.bfloat16
+    fast = device == "cpu" and network.config.width >= 256 and cpu_multiplies_bf16_faster()
+    return torch.bfloat16 if fast else network.head.weight.dtype
+
+
+@torch.no_grad()
+def converted(network: DiT, dtype: torch.dtype) -> DiT:
+    """The network in another dtype, sharing its weights when nothing changes. The original is left alone."""
+    if network.head.weight.dtype == dtype:
+        return network
+    with torch.device("meta"):
+        copy = DiT(network.config)
+    copy.load_state_dict({k: v.to(dtype) for k, v in network.state_dict().items()}, assign=True)
+    copy.positions = network.positions.to(dtype)
+    return copy.requires_grad_(False)
+
+
+class Lowered:
+    """One compute of one denoiser, ready to run: a plain network and how its states and outputs are aligned."""
+
+    def __init__(self, denoiser: Denoiser, compute: Compute) -> None:
+        self.denoiser = denoiser
+        self.compute = compute
+        network = denoiser.network
+        self.plain: DiT | None = None
+        if isinstance(network, DiT):
+            self.plain = network
+        elif compute.merged and network.spec.norm != "layernorm":
+            self.plain = network.materialize(denoiser.patch_of(compute))
+        if self.plain is not None:
+            self.plain = converted(self.plain, resolve_precision(compute.precision, self.plain))
+        self.pixels = denoiser.aligned_pixels(compute)
+
+    def bind(self, times: Sequence[float], labels: Tensor) -> BoundCalls:
+        """Calls at these house times with these labels (B,): conditioning is computed ahead where possible."""
+        return BoundCalls(self, times, labels)
+
+
+@dataclass(frozen=True)
+class _Aligned:
+    input_scale: float
+    on_state: float
+    on_coarse: float
+    on_output: float
+
+
+class BoundCalls:
+    """The calls of one `Lowered` in one sampling run; `call(k, x)` answers at the k-th time. Holds explicit state."""
+
+    def __init__(self, lowered: Lowered, times: Sequence[float], labels: Tensor) -> None:
+        self.lowered = lowered
+        denoiser = lowered.denoiser
+        house = torch.tensor(list(times), dtype=torch.float64)
+        self.aligned: list[_Aligned] = []
+        if lowered.pixels > 1:
+            a = alignment(denoiser.path, denoiser.prediction, house, lowered.pixels)
+            house = a.time
+            columns = (a.input_scale, a.on_state, a.on_coarse, a.on_output)
+            self.aligned = [_Aligned(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+        self.network_times = denoiser.network_time.encode(house).float().to(denoiser.device)
+        self.labels = labels
+        self.table = None if lowered.plain is None else ModulationTable(lowered.plain, self.network_times, labels)
+
+    def call(self, k: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(value in house sign and the denoiser's kind, variance code or None) for states x (B, C, H, W)."""
+        lowered, denoiser = self.lowered, self.lowered.denoiser
+        scaled = x * self.aligned[k].input_scale if self.aligned else x
+        if lowered.plain is not None and self.table is not None:
+            raw = lowered.plain.forward_modulated(scaled, self.table.rows(k))
+        else:
+            raw = denoiser.run(scaled, self.network_times[k], self.labels, lowered.compute)
+        value, variance = denoiser.split(raw)
+        if self.aligned:
+            a = self.aligned[k]
+            low = coarse(x, denoiser.coarse_ratio(lowered.compute))
+            value = (x * a.on_state).add_(low, alpha=a.on_coarse).add_(value.to(x.dtype), alpha=a.on_output)
+        return value, variance
+
+
+class ModulationTable:
+    """adaLN modulations for known times and labels, many steps at a time: one large product, not many small ones."""
+
+    def __init__(self, network: DiT, network_times: Tensor, labels: Tensor) -> None:
+        self.network = network
+        self.times = network_times
+        self.unique, self.inverse = torch.unique(labels, return_inverse=True)
+        self.identical = len(self.unique) == 1
+        row_bytes = network.modulation.out_features * network.modulation.weight.element_size()
+        self.chunk = max(1, TABLE_BYTES // (row_bytes * len(self.unique)))
+        self.first = -1
+        self.cached = torch.empty(0)
+
+    def rows(self, k: int) -> Tensor:
+        """(B, 6*depth + 2, D) at the k-th time; (1, ...) broadcast over the batch when all labels are equal."""
+        first = k - k % self.chunk
+        if first != self.first:
+            self.first = first
+            steps = self.times[first : first + self.chunk]
+            t = steps.repeat_interleave(len(self.unique))
+            self.cached = self.network.modulations(t, self.unique.repeat(len(steps)))
+        here = self.cached[(k - first) * len(self.unique) : (k - first + 1) * len(self.unique)]
+        return here if self.identical else here[self.inverse]
+

@@ -1,0 +1,35 @@
+"""Per-sample randomness: image k depends on its own seed only, never on its batch, its device or its process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pliant.errors import PlanError
+
+
+def seeded_noise(seed: int, slot: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 (CPU) for one sample. slot -1 is the start state, slot k >= 0 a program's noise k."""
+    if slot < 0:
+        mixed = seed
+    else:
+        mixed = int.from_bytes(hashlib.blake2b(f"{seed}/{slot}".encode(), digest_size=8).digest(), "little") >> 1
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(mixed))
+
+
+def batch_noise(seeds: Sequence[int], slot: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """(B, *shape): one independent draw per seed."""
+    return torch.stack([seeded_noise(s, slot, shape) for s in seeds]).to(device)
+
+
+def check_seeds(seeds: Sequence[int], count: int) -> list[int]:
+    """One non-negative integer per sample. Raises PlanError otherwise."""
+    values = [int(s) for s in seeds]
+    if len(values) != count:
+        raise PlanError(f"{count} labels need {count} seeds, got {len(values)}")
+    if any(not 0 <= s < 2**63 for s in values):
+        raise PlanError(f"seeds are integers from 0 to 2**63-1, got {min(values)}")
+    return values

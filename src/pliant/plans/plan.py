@@ -1,0 +1,260 @@
+"""A plan: every decision of one sampling run, step by step, as data to be read, versioned, shared and replayed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pliant.compute import Compute
+from pliant.denoiser import Denoiser
+from pliant.errors import PlanError, PliantError, suggest
+from pliant.files import write_json
+from pliant.guidance import Guidance
+from pliant.paths import Path, default_times, path_from_config
+from pliant.plans.cost import PlanCost, plan_cost
+from pliant.solvers import Program, Solver, SolverLike, compile_program, get_solver
+
+FORMAT, VERSION = "pliant-plan", 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: where it starts, how the state is updated, how much network each call may use, and guidance."""
+
+    t: float
+    """House time at which the step starts; it ends where the next one starts."""
+    solver: Solver
+    compute: Compute = field(default_factory=Compute)
+    guidance: Guidance | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "t": self.t,
+            "solver": self.solver.to_config(),
+            "compute": self.compute.to_dict(),
+            "guidance": self.guidance.to_dict() if self.guidance else None,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Step:
+        _known_keys(data, ("t", "solver", "compute", "guidance"))
+        guidance = data.get("guidance")
+        return Step(
+            float(data["t"]),
+            get_solver(data["solver"]),
+            Compute.from_dict(data.get("compute") or {}),
+            Guidance.from_dict(guidance) if guidance else None,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in order of sampling, the path they are for, and the model they were made for.
+
+    Serialisable (`save`, `load`), exact in cost before running (`cost`), runnable (`pliant.sample`).
+    """
+
+    steps: tuple[Step, ...]
+    path: Path
+    end: float = 0.0
+    """House time at which the last step arrives; 0 is clean data."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """{"fingerprint": ..., "name": ...} of the model it was made for; empty: for any."""
+    reset_history_on_switch: bool = False
+    """Multistep solvers forget earlier outputs where the patch size changes (default: they keep them)."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """How it was made; for people."""
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise PlanError("a plan needs at least one step")
+        object.__setattr__(self, "steps", tuple(self.steps))
+
+    # Making plans -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def uniform(
+        model: Denoiser,
+        steps: int = 50,
+        solver: SolverLike = "dpmpp-2m",
+        compute: Compute | None = None,
+        guidance: float | Guidance | None = None,
+        times: Tensor | Sequence[float] | None = None,
+    ) -> Plan:
+        """The same solver, compute and guidance at every step. `times`: steps+1 house times (default: the path's)."""
+        from pliant.plans.presets import uniform
+
+        return uniform(model, steps, solver, compute, guidance, times)
+
+    @staticmethod
+    def weak_to_powerful(model: Denoiser, steps: int = 50, budget: float | str | None = None, **options: Any) -> Plan:
+        """Weak (coarse-patch) steps first, powerful ones last. See `pliant.plans.presets.weak_to_powerful`."""
+        from pliant.plans.presets import weak_to_powerful
+
+        return weak_to_powerful(model, steps, budget, **options)
+
+    def with_steps(self, steps: Iterable[Step]) -> Plan:
+        """The same plan with other steps."""
+        return replace(self, steps=tuple(steps))
+
+    # What it says -------------------------------------------------------------------------------------------------
+
+    @property
+    def times(self) -> list[float]:
+        """The time grid: every step's start, then the end."""
+        return [*(s.t for s in self.steps), self.end]
+
+    def program(self, model: Denoiser) -> Program:
+        """This plan compiled for a model's prediction kind. Raises PlanError for an impossible grid or step."""
+        switches: list[int] = []
+        if self.reset_history_on_switch:
+            pairs = zip(self.steps, self.steps[1:], strict=False)
+            switches = [i + 1 for i, (a, b) in enumerate(pairs) if a.compute.patch != b.compute.patch]
+        solvers = [s.solver for s in self.steps]
+        return compile_program(self.path, self.times, solvers, model.prediction, model.config.learn_sigma, switches)
+
+    def check(self, model: Denoiser) -> None:
+        """Raise PlanError, naming the step at fault, unless `model` can run this plan."""
+        wanted = self.model.get("fingerprint")
+        if wanted and wanted != model.fingerprint():
+            name = self.model.get("name") or "a model"
+            raise PlanError(
+                f"this plan was made for {name} ({wanted}), not for this model ({model.fingerprint()}): they differ in "
+                f"architecture, path or prediction. Make a plan for this model with 'pliant plan'"
+            )
+        if self.path != model.path:
+            raise PlanError(f"this plan follows the path {self.path.to_config()}, the model {model.path.to_config()}")
+        for i, step in enumerate(self.steps):
+            try:
+                check_step(step, model)
+            except PliantError as error:
+                raise PlanError(f"step {i} (t={step.t:g}): {error}") from None
+
+    def cost(self, model: Denoiser) -> PlanCost:
+        """Exact FLOPs per image, and as a share of the same plan run at full compute."""
+        return plan_cost(self, model)
+
+    def describe(self, model: Denoiser) -> str:
+        """A table of the steps with their FLOPs; equal neighbours are joined."""
+        from pliant.plans.describe import describe
+
+        return describe(self, model)
+
+    # Files --------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "path": self.path.to_config(),
+            "end": self.end,
+            "reset_history_on_switch": self.reset_history_on_switch,
+            "provenance": self.provenance,
+            "steps": [s.to_dict() for s in self.steps],
+        }
+
+    @staticmethod
+    def from_dict(data: Any) -> Plan:
+        """Inverse of `to_dict`. Raises PlanError for another format or version, unknown fields, or a bad step."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlanError(f"this is not a plan: expected a JSON object with \"format\": \"{FORMAT}\"")
+        if data.get("version") != VERSION:
+            raise PlanError(f"this plan has version {data.get('version')!r}; this Pliant reads version {VERSION}")
+        known = ("format", "version", "model", "path", "end", "reset_history_on_switch", "provenance", "steps")
+        _known_keys(data, known)
+        for key in ("path", "steps"):
+            if key not in data:
+                raise PlanError(f"this plan lacks the field {key!r}")
+        if not isinstance(data["steps"], list):
+            raise PlanError("the field 'steps' of a plan is a list of steps")
+        steps = []
+        for i, step in enumerate(data["steps"]):
+            try:
+                steps.append(Step.from_dict(step))
+            except KeyError as error:
+                raise PlanError(f"step {i} of the plan lacks the field {error.args[0]!r}") from None
+            except (PliantError, TypeError, ValueError) as error:
+                raise PlanError(f"step {i} of the plan: {error}") from None
+        return Plan(
+            steps=tuple(steps),
+            path=path_from_config(data["path"]),
+            end=float(data.get("end", 0.0)),
+            model=dict(data.get("model") or {}),
+            reset_history_on_switch=bool(data.get("reset_history_on_switch", False)),
+            provenance=dict(data.get("provenance") or {}),
+        )
+
+    def save(self, file: str | FilePath) -> None:
+        """Write the plan as JSON, atomically."""
+        write_json(file, self.to_dict())
+
+    @staticmethod
+    def load(file: str | FilePath) -> Plan:
+        """Read a plan file. Raises PlanError if it is missing, not JSON, or not a plan."""
+        try:
+            data = json.loads(FilePath(file).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"plan file {file} does not exist; make one with 'pliant plan'") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"plan file {file} is not readable JSON ({error})") from None
+        try:
+            return Plan.from_dict(data)
+        except PliantError as error:
+            raise PlanError(f"{file}: {error}") from None
+
+    def digest(self) -> str:
+        """12 hex digits of what the plan does (not of where it came from): equal digests sample equally."""
+        content = {k: v for k, v in self.to_dict().items() if k != "provenance"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_step(step: Step, model: Denoiser) -> None:
+    """Raise a PliantError unless the model can run this step's calls."""
+    patch = model.patch_of(step.compute)
+    if step.guidance is None:
+        return
+    reference = step.guidance.compute or step.compute
+    coarser = model.patch_of(reference)
+    if coarser[0] * coarser[1] < patch[0] * patch[1]:
+        raise PlanError(
+            f"the guidance call uses patch {coarser}, finer than the conditional call's {patch}; "
+            f"guidance compares with an equal or weaker call"
+        )
+    if step.guidance.against == "null":
+        _ = model.null_label
+    elif coarser == patch:
+        raise PlanError("weak-model guidance with the same patch size as the conditional call guides nowhere")
+    channels = step.guidance.channels
+    if channels is not None and channels > model.config.in_channels:
+        raise PlanError(f"guidance asks for {channels} channels, the model has {model.config.in_channels}")
+
+
+def make_times(path: Path, steps: int, times: Tensor | Sequence[float] | None) -> list[float]:
+    """The grid a preset uses: the given one, or the path's default for `steps`."""
+    if times is None:
+        return default_times(path, steps).tolist()
+    grid = torch.as_tensor(times, dtype=torch.float64).tolist()
+    if len(grid) != steps + 1:
+        raise PlanError(f"{steps} steps need {steps + 1} times, got {len(grid)}")
+    return list(grid)
+
+
+def made_for(model: Denoiser) -> dict[str, Any]:
+    """The `model` field of a plan for this model."""
+    return {"fingerprint": model.fingerprint(), "name": model.metadata.get("name", "")}
+
+
+def _known_keys(data: Any, known: Sequence[str]) -> None:
+    if not isinstance(data, dict):
+        raise PlanError(f"expected an object with the fields {', '.join(known)}, got {type(data).__name__}")
+    for key in data:
+        if key not in known:
+            raise PlanError(f"unknown field {key!r}: {suggest(str(key), known)}")

@@ -1,0 +1,124 @@
+"""Plans from a few numbers: the same compute everywhere, or weak steps first (FlexiDiT, arXiv 2502.20126)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pliant.compute import Compute
+from pliant.denoiser import Denoiser
+from pliant.errors import PlanError
+from pliant.guidance import Guidance, weak_scale
+from pliant.plans.budget import Budget, parse_budget
+from pliant.plans.cost import call_flops, evaluations_per_step
+from pliant.plans.plan import Plan, Step, made_for, make_times
+from pliant.solvers import SolverLike, get_solver
+
+BUDGET_SLACK = 5e-4
+"""Budgets are met to half a tenth of a percent of full compute: a rounded "69.7 %" means what it was rounded from."""
+
+
+def as_guidance(guidance: float | Guidance | None) -> Guidance | None:
+    """A number is a classifier-free scale; 1 and None are no guidance."""
+    if guidance is None or isinstance(guidance, Guidance):
+        return guidance
+    return None if guidance == 1.0 else Guidance.cfg(float(guidance))
+
+
+def uniform(
+    model: Denoiser,
+    steps: int = 50,
+    solver: SolverLike = "dpmpp-2m",
+    compute: Compute | None = None,
+    guidance: float | Guidance | None = None,
+    times: Tensor | Sequence[float] | None = None,
+) -> Plan:
+    """The same solver, compute and guidance at every step."""
+    grid = make_times(model.path, steps, times)
+    chosen, compute = get_solver(solver), compute or Compute()
+    rows = tuple(Step(t, chosen, compute, as_guidance(guidance)) for t in grid[:-1])
+    plan = Plan(rows, model.path, grid[-1], made_for(model), provenance={"preset": "uniform"})
+    plan.check(model)
+    return plan
+
+
+def weakest(model: Denoiser) -> Compute:
+    """The coarsest patch size the model has. Raises PlanError if it has only one."""
+    if len(model.patch_sizes) < 2:
+        raise PlanError("this model has one patch size only, so no weak steps; make it flexible with pliant.flexify")
+    return Compute(patch=max(model.patch_sizes, key=lambda p: p[0] * p[1]))
+
+
+def weak_to_powerful(
+    model: Denoiser,
+    steps: int = 50,
+    budget: float | str | Budget | None = None,
+    *,
+    weak_steps: int | None = None,
+    weak_guidance_steps: int | None = None,
+    weak: Compute | None = None,
+    powerful: Compute | None = None,
+    solver: SolverLike = "dpmpp-2m",
+    guidance: float | None = None,
+    guided_channels: int | None = None,
+    times: Tensor | Sequence[float] | None = None,
+    weak_last: bool = False,
+    reset_history_on_switch: bool = False,
+) -> Plan:
+    """`weak_steps` first steps at the weak patch size, the rest at the powerful one (sheet A, 1.7 and 1.8).
+
+    Give either `budget` (the fewest weak steps that meet it are found) or `weak_steps`.
+    guidance: classifier-free scale s1. weak_guidance_steps: how many of the *powerful* steps, the earliest ones, use
+    the weak call with the same condition as the reference, with scale `weak_scale(s1)`. In the paper's x/y notation
+    x = steps - weak_steps and y = x - weak_guidance_steps. weak_last: the reversed schedule, a baseline.
+    Raises PlanError for a budget below the cheapest schedule, saying what the least is.
+    """
+    if (budget is None) == (weak_steps is None):
+        raise PlanError("give either a budget or a number of weak steps")
+    weak, powerful = weak or weakest(model), powerful or Compute()
+    grid = make_times(model.path, steps, times)
+    chosen = get_solver(solver)
+    scale = None if guidance is None or guidance == 1.0 else float(guidance)
+    between = weak_guidance_steps or 0
+    if between and scale is None:
+        raise PlanError("weak guidance steps need a guidance scale, e.g. guidance=1.5")
+
+    def rows(count: int) -> tuple[Step, ...]:
+        full = Guidance.cfg(scale, channels=guided_channels) if scale else None
+        first = [Step(0.0, chosen, weak, full)] * count
+        mixed = Guidance.weak_model(weak_scale(scale), weak, guided_channels) if scale else None
+        middle = [Step(0.0, chosen, powerful, mixed)] * min(between, steps - count)
+        last = [Step(0.0, chosen, powerful, full)] * (steps - count - len(middle))
+        ordered = [*middle, *last, *first] if weak_last else [*first, *middle, *last]
+        return tuple(Step(t, s.solver, s.compute, s.guidance) for t, s in zip(grid[:-1], ordered, strict=True))
+
+    def plan(count: int) -> Plan:
+        provenance = {"preset": "weak-to-powerful", "weak_steps": count, "weak_guidance_steps": between}
+        if weak_last:
+            provenance["preset"] = "powerful-to-weak"
+        return Plan(rows(count), model.path, grid[-1], made_for(model), reset_history_on_switch, provenance)
+
+    if weak_steps is None:
+        # Evaluations depend on the solver and the grid only, so one compilation prices every split.
+        counts = evaluations_per_step(plan(0), model)
+
+        def cost(count: int) -> int:
+            return sum(n * call_flops(model, s.compute, s.guidance) for n, s in zip(counts, rows(count), strict=True))
+
+        full_flops = sum(counts) * call_flops(model, powerful, Guidance.cfg(scale) if scale else None)
+        limit = parse_budget(budget).limit(full_flops) + BUDGET_SLACK * full_flops  # type: ignore[arg-type]
+        # Cost falls with every weak step, so the first split that fits spends the most it may.
+        weak_steps = next((k for k in range(steps + 1) if cost(k) <= limit), None)
+        if weak_steps is None:
+            least = cost(steps)
+            raise PlanError(
+                f"a budget of {budget} is below the cheapest schedule: all {steps} steps weak cost "
+                f"{least / full_flops:.1%} of full compute ({least / 1e9:.3g} GFLOP per image). "
+                f"Raise the budget, take fewer steps, or add a larger patch size"
+            )
+    elif not 0 <= weak_steps <= steps:
+        raise PlanError(f"weak_steps must lie between 0 and {steps}, got {weak_steps}")
+    made = plan(weak_steps)
+    made.check(model)
+    return made
