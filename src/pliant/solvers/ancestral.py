@@ -48,8 +48,8 @@ class DDPM(Solver):
         s, t = builder.nodes[i], builder.nodes[i + 1]
         if self.variance == "learned-range" and not builder.variance:
             raise PlanError(
-                "ddpm with variance 'learned-range' needs a network that predicts variances, unlike this one; "
-                "use {'name': 'ddpm', 'variance': 'posterior'}"
+                "ddpm with variance 'learned-range' needs a network that predicts variances, unlike this "
+                "one; use {'name': 'ddpm', 'variance': 'posterior'}"
             )
         output = builder.evaluate(s)
         builder.remember(output)

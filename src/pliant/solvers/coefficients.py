@@ -135,9 +135,7 @@ def get_form(form: str) -> Form:
 
 
 def depth_of_eta(eta: float, s: Node, t: Node) -> float:
-    """DDIM's eta as noise depth tau^2*h: `exp(-2*depth) = 1 - eta^2 (1 - exp(-2h))`. eta 0 = ODE, 1 =
-    ancestral.
-    """
+    """DDIM's eta (0 = ODE, 1 = ancestral) as depth tau^2*h: `exp(-2*depth) = 1 - eta^2 (1 - exp(-2h))`."""
     if eta == 0.0 or t.sigma == 0.0:
         return 0.0
     inside = eta**2 * math.expm1(-2.0 * (t.log_snr - s.log_snr))
@@ -175,8 +173,7 @@ def step_weights(
 ) -> tuple[Transfer, list[float]]:
     """The step s -> t and the coefficient `b*w_j` of each output in the form's own prediction kind.
 
-    nodes: where the outputs were evaluated, the newest first. Raises PlanError if the form cannot make this
-    step.
+    nodes: where the outputs were evaluated, newest first. Raises PlanError if the form cannot make the step.
     """
     base = form.variable(s)
     h = form.variable(t) - base

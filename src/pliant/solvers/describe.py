@@ -26,9 +26,7 @@ def describe_instruction(op: Instruction) -> str:
 
 
 def describe_program(program: Program) -> str:
-    """Header and table; t and the half log-SNR are those of the point an instruction evaluates or arrives
-    at.
-    """
+    """Header and table; t and half log-SNR are those of the node an instruction evaluates or arrives at."""
     name = program.path.get("name", "?")
     noises = f", {len(program.noise_slots)} noises" if program.noise_slots else ""
     lines = [

@@ -82,9 +82,7 @@ def _half_step(scale: float, moment: Sequence[float], h: float, offsets: Sequenc
 
 
 def published3(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
-    """DPM-Solver++(3M) as published and shipped: half of the quadratic term is missing, so it is second
-    order.
-    """
+    """DPM-Solver++(3M) as published: half of the quadratic term is missing, so it is second order."""
     if len(offsets) != 3:
         return midpoint(moment, h, offsets)
     full = lagrange(moment, h, offsets)

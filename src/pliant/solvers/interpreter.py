@@ -31,9 +31,7 @@ class NetworkOutput(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """A network's prediction, of the program's stored kind and x's shape, and its variance code if it has
-    one.
-    """
+    """A network's prediction (the program's stored kind, x's shape) and its variance code if it has one."""
 
     value: Tensor
     variance: Tensor | None = None
@@ -45,9 +43,7 @@ Noise: TypeAlias = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves: the state `x` at `node`, and the network's estimate of clean data, computed when
-    asked for.
-    """
+    """What a step leaves: the state `x` at `node`, and the estimate of clean data, computed on demand."""
 
     index: int
     x: Tensor
@@ -96,9 +92,7 @@ def sample_coefficients(stored: PredictionType, node: Node) -> tuple[float, floa
 
 
 def combine(terms: list[tuple[float, Tensor]], like: Tensor) -> Tensor:
-    """Sum of coefficient * tensor in `like`'s dtype: one fresh accumulator, then one in-place pass per
-    further term.
-    """
+    """Sum of coefficient * tensor in `like`'s dtype: one fresh accumulator, one in-place pass per term."""
     live = [(c, v) for c, v in terms if c != 0.0]
     if not live:
         return torch.zeros_like(like)

@@ -34,9 +34,7 @@ class NormalForm:
     states: tuple[int, ...]
 
     def rows(self) -> Tensor:
-        """(evaluations + 1, columns): what every network call sees, then the sample. Equal rows = the same
-        solver.
-        """
+        """(evaluations + 1, columns): what every call sees, then the sample. Equal rows = the same solver."""
         table = torch.cat([self.a[:, None], self.c, self.s, self.learned, self.b[:, None]], dim=1)
         return table[[*self.evaluated, self.final]]
 

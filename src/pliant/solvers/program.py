@@ -77,9 +77,7 @@ class LearnedNoise:
 
 @dataclass(frozen=True)
 class Lin:
-    """`x[out] = sum x-terms + sum m-terms + sum z-terms + mu * offset (+ learned noise)`, a state at
-    `node`.
-    """
+    """`x[out] = sum x-terms + sum m-terms + sum z-terms + mu * offset (+ learned noise)`, at `node`."""
 
     out: int
     node: Node
@@ -176,9 +174,7 @@ class Program:
         return tuple(tuple(d) for d in dead)
 
     def last_uses(self) -> tuple[tuple[Register, ...], ...]:
-        """For each instruction in order: the registers that nothing reads after it. The final state never
-        dies.
-        """
+        """Per instruction, in order: the registers nothing reads after it. The final state never dies."""
         return self._last_uses
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,301 @@
+"""Moments, fit rules and forms; and that the representation carries what the catalogue will need."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from analytic import GMM2D, exact_flow, sample, slope, start_points, times_between
+
+from pliant.errors import PlanError
+from pliant.paths import get_path, uniform_times
+from pliant.solvers import Eval, Lin, Program, ProgramBuilder, Solver, compile_program, consistency
+from pliant.solvers.coefficients import FORMS, depth_of_eta, depth_of_tau, get_form, order_allowed, step_weights
+from pliant.solvers.exponential import emit_multistep
+from pliant.solvers.fits import FITS, lagrange, midpoint, moments, published3, raw
+
+START = start_points()
+
+
+@pytest.mark.parametrize("decay", [-1.0, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("h", [1e-6, 1e-2, 0.4, -0.7, 1.3, 3.0, -2.5, 9.0])
+def test_moments_against_quadrature(h, decay):
+    # 60-point Gauss-Legendre is exact to rounding for these smooth integrands.
+    import numpy as np
+
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    u = 0.5 * h * (nodes + 1.0)
+    for k, value in enumerate(moments(h, decay, 5)):
+        exact = float(np.sum(0.5 * h * weights * np.exp(-decay * (h - u)) * u**k))
+        assert value == pytest.approx(exact, rel=2e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6])
+def test_lagrange_solves_the_moment_equations(count):
+    h, offsets = 0.35, [0.0, -0.4, -0.71, 0.35, -1.3, 0.2][:count]
+    m = moments(h, 1.0, count)
+    weights = lagrange(m, h, offsets)
+    for k in range(count):
+        assert sum(w * nu**k for w, nu in zip(weights, offsets, strict=True)) == pytest.approx(m[k], rel=1e-10)
+
+
+def test_published_rules_by_hand():
+    """2M midpoint: `w_0 = M_0 (1 + 1/(2r))`; 3M published = lagrange minus half the quadratic moment."""
+    h, r = 0.3, 1.4
+    m = moments(h, 1.0, 3)
+    assert midpoint(m, h, [0.0, -r * h]) == pytest.approx([m[0] * (1 + 0.5 / r), -m[0] * 0.5 / r], rel=1e-13)
+    w = published3(m, h, [0.0, -h, -2 * h])
+    quadratic = [v * f for v, f in zip(w, (0.0, h**2, 4 * h**2), strict=True)]
+    assert sum(w) == pytest.approx(m[0])
+    assert sum(quadratic) == pytest.approx(m[2] * 0.5)
+
+
+def order_of(solver, path="vp", stored="epsilon", counts=(96, 192, 384)):
+    p = get_path(path)
+    found = []
+    for n in counts:
+        program = compile_program(p, times_between(p, n, -4.0, 4.0), solver, stored)
+        exact = exact_flow(GMM2D, START, program.start, program.end)
+        found.append(float((sample(program, GMM2D, START) - exact).abs().max()))
+    return slope(found)
+
+
+@dataclass(frozen=True)
+class Multistep(Solver):
+    """Any order, form and fit: what the catalogue's multistep solvers will be."""
+
+    name: ClassVar[str] = "multistep"
+    order: ClassVar[int] = 3
+    nodes: int = 3
+    form: str = "sample"
+    fit: str = "lagrange"
+
+    def emit(self, builder, i):
+        emit_multistep(builder, i, self.nodes, self.form, self.fit)
+
+
+@dataclass(frozen=True)
+class PredictorCorrector(Solver):
+    """UniPC-p: predict, evaluate at the prediction, correct from the old state, reuse that evaluation."""
+
+    name: ClassVar[str] = "predictor-corrector"
+    order: ClassVar[int] = 2
+    nodes: int = 1
+    form: str = "sample"
+
+    def emit(self, builder: ProgramBuilder, i: int) -> None:
+        s, t = builder.nodes[i], builder.nodes[i + 1]
+        if not builder.history:
+            builder.remember(builder.evaluate(s))
+        outputs = builder.usable(self.form, s, t, self.nodes)
+        base = (builder.state, s)
+        predicted = builder.transfer(self.form, t, outputs, base=base)
+        if i == builder.steps - 1:
+            builder.advance(predicted)
+            return
+        new = builder.evaluate(t, predicted)
+        builder.advance(builder.transfer(self.form, t, [new, *outputs], base=base))
+        builder.remember(new)
+
+
+@dataclass(frozen=True)
+class Singlestep2(Solver):
+    """DPM-Solver-2S with its inner node halfway in log-SNR: several evaluations per step, off the grid."""
+
+    name: ClassVar[str] = "2s"
+    order: ClassVar[int] = 2
+
+    def emit(self, builder: ProgramBuilder, i: int) -> None:
+        s, t = builder.nodes[i], builder.nodes[i + 1]
+        inner = builder.node(float(builder.path.time_of_log_snr(0.5 * (s.log_snr + t.log_snr))))
+        base = (builder.state, s)
+        first = builder.evaluate(s)
+        second = builder.evaluate(inner, builder.transfer("epsilon", inner, [first], base=base))
+        builder.advance(builder.transfer("epsilon", t, [first, second], base=base, fit="midpoint"))
+
+
+@pytest.mark.parametrize("form", ["sample", "epsilon", "epsilon-rho", "velocity", "angle"])
+def test_third_order_in_every_form(form):
+    """The coefficient builder beyond today's catalogue: 3M lagrange is third order whatever is interpolated."""
+    # (on grids uniform in log-SNR, where the first-order warm-up costs less than the third-order error)
+    assert order_of(Multistep(form=form), path="linear" if form == "velocity" else "vp") == pytest.approx(3.0, abs=0.3)
+
+
+def test_published_third_order_is_second():
+    assert order_of(Multistep(fit="published3")) == pytest.approx(2.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("nodes", "order"), [(1, 2.0), (2, 3.0)])
+@pytest.mark.parametrize("stored", ["sample", "velocity"])
+def test_corrector_that_reuses_an_evaluation(nodes, order, stored):
+    solver = PredictorCorrector(nodes=nodes)
+    assert order_of(solver, stored=stored) == pytest.approx(order, abs=0.2)
+    path = get_path("vp")
+    program = compile_program(path, times_between(path, 10, -4, 4), solver, stored)
+    assert program.num_evaluations == 10
+
+
+def test_singlestep_with_an_inner_node():
+    assert order_of(Singlestep2()) == pytest.approx(2.0, abs=0.1)
+
+
+GRIDS = {"vp-discrete": (1.0, 0.0), "vp": (1.0, 0.0), "linear": (0.999, 0.0), "gvp": (0.999, 0.0), "cosine": (0.99, 0.0)}
+CONSISTENT = ["ddim", "dpmpp-2m", {"name": "dpmpp-2m", "fit": "lagrange"}, Multistep(), Multistep(form="epsilon"),
+              PredictorCorrector(nodes=2), Singlestep2()]  # fmt: skip
+
+
+@pytest.mark.parametrize("path_name", GRIDS)
+@pytest.mark.parametrize("stored", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("solver", CONSISTENT, ids=str)
+def test_identities_hold_and_notice_a_mutation(solver, stored, path_name):
+    first, last = GRIDS[path_name]
+    if isinstance(solver, Singlestep2):
+        last = 0.01  # no inner node halfway to infinity
+    path = get_path(path_name)
+    program = compile_program(path, uniform_times(12, first, last), solver, stored)
+    assert worst(program) < 1e-12
+    for number, step in enumerate(program.steps):
+        place = len(step) - 1
+        for terms in ("x", "m"):
+            for k, (register, c) in enumerate(getattr(step[place], terms)):
+                broken = list(getattr(step[place], terms))
+                broken[k] = (register, c + 1e-3)
+                op = dataclasses.replace(step[place], **{terms: tuple(broken)})
+                steps = (*program.steps[:number], (*step[:place], op), *program.steps[number + 1 :])
+                assert worst(dataclasses.replace(program, steps=steps)) > 1e-9
+
+
+def worst(program: Program) -> float:
+    return max(max(abs(r.data), abs(r.noise)) for r in consistency(program))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint"])
+def test_runge_kutta_is_exact_on_the_straight_path(solver):
+    program = compile_program(get_path("linear"), uniform_times(7), solver, "velocity")
+    assert worst(program) < 1e-14
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_order_conditions(name):
+    """`sum_j c_j nu_j^k = b * M_k` for k < n, in every form."""
+    path = get_path("vp")
+    s, t, a, b = (ProgramBuilder(path, [0.5, 0.4], "epsilon").node(v) for v in (0.5, 0.4, 0.6, 0.75))
+    form = get_form(name)
+    step, weights = step_weights(form, s, t, [s, a, b])
+    nu = [form.variable(n) - form.variable(s) for n in (s, a, b)]
+    for k, m in enumerate(moments(step.h, step.decay, 3)):
+        assert sum(w * v**k for w, v in zip(weights, nu, strict=True)) == pytest.approx(step.b * m, rel=1e-10)
+    assert step_weights(form, s, t, [s])[1][0] == pytest.approx(step.total, rel=1e-12)
+
+
+def test_stochastic_forms_share_their_marginal():
+    """x0 form: `A^2 sigma_s^2 + N^2 = sigma_t^2`. eps form at tau=1: `a^2 + ...` by DPM-Solver's own formula."""
+    path = get_path("vp")
+    s, t = (ProgramBuilder(path, [0.5, 0.4], "epsilon").node(v) for v in (0.5, 0.4))
+    h = t.log_snr - s.log_snr
+    for depth in (depth_of_eta(0.5, s, t), depth_of_tau(1.0, s, t), depth_of_tau(0.3, s, t)):
+        step, _ = step_weights(get_form("sample"), s, t, [s], depth=depth)
+        assert step.a**2 * s.sigma**2 + step.noise**2 == pytest.approx(t.sigma**2, rel=1e-13)
+    assert depth_of_eta(1.0, s, t) == pytest.approx(h, rel=1e-13)
+    step, weights = step_weights(get_form("epsilon"), s, t, [s], depth=depth_of_tau(1.0, s, t))
+    assert weights[0] == pytest.approx(-2.0 * t.sigma * math.expm1(h))
+    assert step.noise == pytest.approx(t.sigma * math.sqrt(math.expm1(2 * h)))
+
+
+def test_limits():
+    path = get_path("linear")
+    b = ProgramBuilder(path, [1.0, 0.5, 0.0], "velocity")
+    noise, mid, data = b.nodes
+    step, weights = step_weights(get_form("sample"), mid, data, [mid])
+    assert (step.a, weights, step.noise) == (0.0, [1.0], 0.0)
+    step, weights = step_weights(get_form("epsilon"), mid, data, [mid])
+    assert (step.a, weights) == (2.0, [-1.0])
+    step, weights = step_weights(get_form("sample"), noise, mid, [noise])
+    assert (step.a, weights) == (0.5, [0.5])
+    form = get_form("sample")
+    assert order_allowed(form, mid, data, [mid, noise]) == 1
+    assert order_allowed(form, mid, b.node(0.4), [mid, noise]) == 1  # history at log-SNR = -inf is not used
+    assert order_allowed(form, mid, b.node(0.4), [mid, b.node(0.5 + 1e-9)]) == 1  # nearly repeated
+    assert order_allowed(form, mid, b.node(0.4), [mid, b.node(0.6)]) == 2
+    with pytest.raises(PlanError, match="alpha"):
+        step_weights(get_form("epsilon"), noise, mid, [noise])
+    with pytest.raises(PlanError, match="sigma"):
+        step_weights(form, data, mid, [data])
+    with pytest.raises(PlanError, match="infinite"):
+        step_weights(form, mid, data, [mid, noise])
+
+
+def test_last_step_to_data_is_first_order_and_exact():
+    """At sigma = 0 the sample is the x0 estimate of the last call, bit for bit in its own coefficients."""
+    for stored in ("sample", "epsilon", "velocity"):
+        program = compile_program(get_path("linear"), uniform_times(6, 0.99), "dpmpp-2m", stored)
+        last = program.steps[-1][-1]
+        assert isinstance(last, Lin) and [j for j, _ in last.m] == [program.num_evaluations - 1]
+        if stored == "sample":
+            assert last.x == () and last.m == ((program.num_evaluations - 1, 1.0),)
+
+
+def test_lower_order_final_on_a_grid_that_ends_early():
+    path = get_path("vp")
+    times = uniform_times(5, 1.0, 0.1)
+    second = compile_program(path, times, "dpmpp-2m", "sample").steps[-1][-1]
+    first = compile_program(path, times, {"name": "dpmpp-2m", "lower_order_final": True}, "sample").steps[-1][-1]
+    assert isinstance(second, Lin) and isinstance(first, Lin)
+    assert (len(second.m), len(first.m)) == (2, 1)
+
+
+def test_history_is_kept_or_reset():
+    path = get_path("vp")
+    times = uniform_times(6)
+    kept = compile_program(path, times, "dpmpp-2m", "sample")
+    reset = compile_program(path, times, "dpmpp-2m", "sample", reset_history=[3])
+    sizes = [[len(op.m) for op in p.instructions() if isinstance(op, Lin)] for p in (kept, reset)]
+    assert sizes == [[1, 2, 2, 2, 2, 1], [1, 2, 2, 1, 2, 1]]
+
+
+def test_raw_rows_and_unknown_names():
+    path = get_path("vp")
+    s, t = (ProgramBuilder(path, [0.5, 0.4], "epsilon").node(v) for v in (0.5, 0.4))
+    _, weights = step_weights(get_form("velocity"), s, t, [s, t], raw([0.25, -0.5]))
+    assert weights == [0.25, -0.5]
+    with pytest.raises(PlanError, match="lagrange"):
+        step_weights(get_form("sample"), s, t, [s, t], "lagrang")
+    with pytest.raises(PlanError, match="epsilon"):
+        get_form("epsilo")
+    with pytest.raises(PlanError, match="angle form"):
+        b = ProgramBuilder(get_path("linear"), [0.5, 0.4], "velocity")
+        step_weights(get_form("angle"), *b.nodes, [b.nodes[0]])
+    assert set(FITS) >= {"lagrange", "midpoint", "published3"}
+
+
+def test_offset_follows_the_path():
+    """On `alpha x0 + sigma eps + beta mu`, constant x0 and eps: every state is exact, mu included."""
+    path = get_path("vp")
+    b = ProgramBuilder(path, [0.9, 0.6, 0.3, 0.0], "epsilon")
+    b.nodes = [dataclasses.replace(n, beta=1.0 - n.alpha) for n in b.nodes]
+    for i in range(3):
+        emit_multistep(b, i, 2, "sample", "lagrange")
+        b.close_step("test")
+    program = b.finish()
+    program = dataclasses.replace(program, start=b.nodes[0], end=b.nodes[-1])
+    assert program.needs_offset
+    values = {0: program.start.beta}  # coefficient of mu in each state; outputs (epsilon) carry none
+    for op in program.instructions():
+        if not isinstance(op, Eval):
+            values[op.out] = op.mu + sum(c * values[i] for i, c in op.x)
+            assert values[op.out] == pytest.approx(op.node.beta, abs=1e-12)
+    v = ProgramBuilder(path, [0.9, 0.6], "velocity")
+    v.nodes = [dataclasses.replace(n, beta=1.0 - n.alpha) for n in v.nodes]
+    with pytest.raises(PlanError, match="offset"):
+        emit_multistep(v, 0, 1, "sample", "lagrange")
+
+
+def test_coefficients_are_float64():
+    program = compile_program(get_path("vp-discrete"), torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), "ddim", "epsilon")
+    s, t = program.start, program.steps[0][-1].node
+    lin = program.steps[0][-1]
+    assert isinstance(lin, Lin)
+    assert dict(lin.x)[0] == pytest.approx(t.alpha / s.alpha, rel=1e-14)
+    assert dict(lin.m)[0] == pytest.approx(t.sigma - s.sigma * t.alpha / s.alpha, rel=1e-13)
