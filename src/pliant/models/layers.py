@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -56,17 +57,29 @@ class LowRank(nn.Module):
         return self.scale * (self.up @ self.down)
 
 
-def linear(x: Tensor, layer: nn.Linear, lora: LowRank | None) -> Tensor:
+Delta: TypeAlias = Callable[[Tensor], Tensor]
+"""What is added to a linear's output, as a function of its input: a `LowRank`, or one that acts on some tokens only."""
+
+
+def linear(x: Tensor, layer: nn.Linear, lora: Delta | None) -> Tensor:
     """`layer(x)`, plus the low-rank delta if there is one."""
     y: Tensor = layer(x)
     return y if lora is None else y + lora(x)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """`LN(x) * scale + shift` with one shift and scale (B, D) per sample; x (B, N, D). `scale` already includes the 1."""
-    if x.shape[0] == 1:  # the normalisation kernel applies them in the same pass
+    """`LN(x) * scale + shift`, x (B, N, D); shift and scale one per sample (B, D), one for all (1, D), or one per token (B, N, D).
+
+    `scale` already includes the 1.
+    """
+    if shift.ndim == 2 and shift.shape[0] == 1:  # the normalisation kernel applies them in the same pass
         return F.layer_norm(x, x.shape[-1:], scale[0], shift[0], eps)
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), scale[:, None])
+    return torch.addcmul(per_token(shift), F.layer_norm(x, x.shape[-1:], eps=eps), per_token(scale))
+
+
+def per_token(vector: Tensor) -> Tensor:
+    """(B, D) -> (B, 1, D), which every token of a sample shares; (B, N, D) is per token already."""
+    return vector[:, None] if vector.ndim == 2 else vector
 
 
 class Block(nn.Module):
@@ -87,18 +100,19 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, loras: Mapping[str, LowRank] | None = None, mask: Tensor | None = None
+        self, x: Tensor, modulation: Tensor, loras: Mapping[str, Delta] | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """x (B, N, D); modulation (B, 6, D): shift, 1+scale, gate of attention, then of the MLP -> (B, N, D).
 
-        `loras`: low-rank deltas by layer name ("qkv", "proj", "fc1", "fc2"); `mask`: (B or 1, 1, N, N), True = attend.
+        Packed sequences modulate every token on its own: modulation (B, 6, N, D). `loras`: deltas by layer name
+        ("qkv", "proj", "fc1", "fc2"); `mask`: (B or 1, 1, N, N), True = attend.
         """
         get = loras.__getitem__ if loras else lambda _: None
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
         h = self.attention(modulated_norm(x, shift1, scale1, 1e-6), get, mask)
-        x = torch.addcmul(x, gate1[:, None], h)
+        x = torch.addcmul(x, per_token(gate1), h)
         h = F.gelu(linear(modulated_norm(x, shift2, scale2, self.norm2_eps), self.fc1, get("fc1")), approximate="tanh")
-        return torch.addcmul(x, gate2[:, None], linear(h, self.fc2, get("fc2")))
+        return torch.addcmul(x, per_token(gate2), linear(h, self.fc2, get("fc2")))
 
     def attention(self, x: Tensor, get, mask: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         """Multi-head self-attention of (B, N, D), fused qkv, no masking unless a mask is given."""
