@@ -35,7 +35,7 @@ class Alignment(NamedTuple):
 
 
 def aligned_time(path: Path, t: float | Tensor, pixels: int) -> Tensor:
-    """tau: the time at which the path has 1/sqrt(pixels) of the noise ratio it has at t. 0 at 0, and 1 where alpha is 0.
+    """tau: the time at which the path has 1/sqrt(pixels) of its noise ratio at t. 0 at 0, and 1 where alpha is 0.
 
     Linear path: `t / (k - (k-1) t)`, k = sqrt(pixels).
     """
@@ -47,7 +47,7 @@ def alignment(path: Path, prediction: PredictionType, t: float | Tensor, pixels:
     here = path.alpha_sigma(t)
     tau = aligned_time(path, t, pixels)
     there = path.alpha_sigma(tau)
-    # alpha_tau/alpha_t, written with sigma because alpha may vanish at t = 1: sigma_tau/sigma_t * k, equal by definition.
+    # alpha_tau/alpha_t, written with sigma because alpha may vanish at t = 1: k*sigma_tau/sigma_t, by definition.
     scale = math.sqrt(pixels) * there.sigma / here.sigma
     p_low, q_low = conversion(prediction, "sample", there)
     p_out, q_out = conversion("sample", prediction, here)

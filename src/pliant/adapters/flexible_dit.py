@@ -49,8 +49,13 @@ class Tokenizer(nn.Module):
         self.head_weight = nn.Parameter(resize_head(base.head.weight.data, up))
         self.head_bias = nn.Parameter(resize_head(base.head.bias.data, up))
 
-    def forward(self, base: DiT) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.weight, self.bias, self.head_weight, self.head_bias
+    def kernel(self, base: DiT) -> tuple[Tensor, Tensor]:
+        """Weight (D, C, ph, pw) and bias (D,) that embed patches."""
+        return self.weight, self.bias
+
+    def head(self, base: DiT) -> tuple[Tensor, Tensor]:
+        """Weight (ph*pw*C_out, D) and bias that predict patches."""
+        return self.head_weight, self.head_bias
 
 
 class Projection(nn.Module):
@@ -67,13 +72,13 @@ class Projection(nn.Module):
         self.register_buffer("kernel_matrix", kernel_projection(stored, patch, down), persistent=False)
         self.register_buffer("head_matrix", torch.linalg.pinv(resize_matrix(patch, stored, up)), persistent=False)
 
-    def forward(self, base: DiT) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            resize_kernel(base.patch_embed.weight, self.kernel_matrix, self.patch),
-            base.patch_embed.bias,
-            resize_head(base.head.weight, self.head_matrix),
-            resize_head(base.head.bias, self.head_matrix),
-        )
+    def kernel(self, base: DiT) -> tuple[Tensor, Tensor]:
+        """Weight (D, C, ph, pw) and bias (D,) that embed patches."""
+        return resize_kernel(base.patch_embed.weight, self.kernel_matrix, self.patch), base.patch_embed.bias
+
+    def head(self, base: DiT) -> tuple[Tensor, Tensor]:
+        """Weight (ph*pw*C_out, D) and bias that predict patches."""
+        return resize_head(base.head.weight, self.head_matrix), resize_head(base.head.bias, self.head_matrix)
 
 
 class PatchMode(nn.Module):
@@ -88,7 +93,8 @@ class PatchMode(nn.Module):
         self.grid = config.grid(patch)
         self.norm = spec.norm
         lora = spec.recipe == "lora"
-        self.weights: nn.Module = Tokenizer(base, patch, spec) if lora else Projection(patch, config.patch_size, spec)
+        self.weights: Tokenizer | Projection
+        self.weights = Tokenizer(base, patch, spec) if lora else Projection(patch, config.patch_size, spec)
         self.register_buffer(
             "positions", patch_positions(self.grid, patch, own, config.width, spec.position), persistent=False
         )
@@ -96,7 +102,8 @@ class PatchMode(nn.Module):
         # layernorm would change the original size; there it degrades to the affine part, which starts as identity.
         self.normalise = self.norm == "layernorm" and patch != own
         if self.norm != "none":
-            self.scale_in, self.shift_in = nn.Parameter(torch.ones(config.width)), nn.Parameter(torch.zeros(config.width))
+            self.scale_in = nn.Parameter(torch.ones(config.width))
+            self.shift_in = nn.Parameter(torch.zeros(config.width))
             self.scale_out = nn.Parameter(torch.ones(config.width))
             self.shift_out = nn.Parameter(torch.zeros(config.width))
         self.loras = nn.ModuleList()
@@ -167,13 +174,27 @@ class FlexiDiT(nn.Module):
         if mode is None:
             out: Tensor = self.base(x, t, y)
             return out
-        weight, bias, head_weight, head_bias = mode.weights(self.base)
-        tokens = mode.affine(embed_patches(x, weight, bias) + mode.positions + mode.embedding, "in")
-        m = self.base.modulations(t, y)
+        tokens, m = self.embed(x, patch), self.base.modulations(t, y)
         for i, block in enumerate(self.base.blocks):
             tokens = block(tokens, m[:, 6 * i : 6 * i + 6], mode.loras[i] if mode.loras else None)
-        tokens = mode.affine(modulated_norm(tokens, m[:, -2], m[:, -1], 1e-6), "out")
-        return unpatchify(F.linear(tokens, head_weight, head_bias), mode.grid, mode.patch)
+        return self.read(tokens, m, patch)
+
+    def embed(self, x: Tensor, patch: tuple[int, int] | None = None) -> Tensor:
+        """As `DiT.embed`, at a patch size."""
+        mode = self.mode(patch)
+        if mode is None:
+            return self.base.embed(x)
+        self.config.check_input(x)
+        weight, bias = mode.weights.kernel(self.base)
+        return mode.affine(embed_patches(x, weight, bias) + mode.positions + mode.embedding, "in")
+
+    def read(self, tokens: Tensor, modulations: Tensor, patch: tuple[int, int] | None = None) -> Tensor:
+        """As `DiT.read`, at a patch size."""
+        mode = self.mode(patch)
+        if mode is None:
+            return self.base.read(tokens, modulations)
+        tokens = mode.affine(modulated_norm(tokens, modulations[:, -2], modulations[:, -1], 1e-6), "out")
+        return unpatchify(F.linear(tokens, *mode.weights.head(self.base)), mode.grid, mode.patch)
 
     @torch.no_grad()
     def materialize(self, patch: tuple[int, int] | None = None) -> DiT:
@@ -188,7 +209,8 @@ class FlexiDiT(nn.Module):
             raise ConfigError("patch_norm='layernorm' cannot be folded into a plain network; run it unmerged")
         with torch.device("meta"):
             plain = DiT(self.base.with_patch_size(mode.patch))
-        weight, bias, head_weight, head_bias = (w.detach() for w in mode.weights(self.base))
+        weight, bias = (w.detach() for w in mode.weights.kernel(self.base))
+        head_weight, head_bias = (w.detach() for w in mode.weights.head(self.base))
         positions = mode.positions + mode.embedding
         if mode.norm == "affine":
             # scale_in*(Wx + b + pos) + shift_in and V(scale_out*h + shift_out) + c are again a kernel, table and head.
@@ -197,11 +219,13 @@ class FlexiDiT(nn.Module):
             positions = positions * mode.scale_in
             head_bias = head_bias + head_weight @ mode.shift_out
             head_weight = head_weight * mode.scale_out
-        state = {k: v for k, v in self.base.state_dict(keep_vars=False).items() if not k.startswith(("patch_embed", "head"))}
-        state |= {"patch_embed.weight": weight, "patch_embed.bias": bias, "head.weight": head_weight, "head.bias": head_bias}
+        state = {k: v for k, v in self.base.state_dict().items() if not k.startswith(("patch_embed", "head"))}
+        state |= {"patch_embed.weight": weight, "patch_embed.bias": bias}
+        state |= {"head.weight": head_weight, "head.bias": head_bias}
         for i, deltas in enumerate(mode.loras):
             for name in LORA_LAYERS:
-                state[f"blocks.{i}.{name}.weight"] = state[f"blocks.{i}.{name}.weight"] + deltas[name].delta()  # type: ignore[index]
+                key = f"blocks.{i}.{name}.weight"
+                state[key] = state[key] + deltas[name].delta()  # type: ignore[index]
         plain.load_state_dict(state, assign=True)
         plain.positions = positions
         return plain.requires_grad_(False)
@@ -222,7 +246,7 @@ class FlexiDiT(nn.Module):
 
 
 def _stored_at_underlying(base: DiT, spec: FlexSpec) -> DiT:
-    """The same network with its tokeniser and head stored at p' so that reading at the own size is exact (A 1.2-1.3)."""
+    """The same network, its tokeniser and head stored at p' so that reading at the own size is exact (A 1.2-1.3)."""
     own, stored = base.config.patch_size, spec.stored_size(base.config.patch_size)
     down = resize_matrix(stored, own, spec.averaging(own, stored))
     up = resize_matrix(own, stored, "area" if spec.initialisation == "noise-aligned" else "bilinear")
@@ -233,4 +257,3 @@ def _stored_at_underlying(base: DiT, spec: FlexSpec) -> DiT:
     state["head.bias"] = resize_head(base.head.bias.data, up)
     grown.load_state_dict(state)
     return grown
-

@@ -22,9 +22,9 @@ class FlexSpec:
     patch_sizes: tuple[tuple[int, int], ...]
     """The new sizes; the network's own stays available."""
     recipe: Recipe = "lora"
-    """"lora": frozen base plus one adapter per new size, bit-preserving; "shared": one set of weights for all sizes."""
+    """"lora": frozen base plus one adapter per new size, bit-preserving; "shared": one set of weights for all."""
     initialisation: Initialisation = "noise-aligned"
-    """"average": the paper's; "noise-aligned": scaled input, aligned time and recombined output (sheet H, section 0)."""
+    """"average": the paper's; "noise-aligned": scaled input, aligned time, recombined output (sheet H, section 0)."""
     rank: int = 32
     alpha: float | None = None
     """LoRA scale is alpha/rank; None means alpha = rank."""
@@ -50,8 +50,9 @@ class FlexSpec:
             ("position", get_args(PositionRule)),
             ("patch_norm", ("auto", *get_args(PatchNorm))),
         ):
-            if getattr(self, field) not in allowed:
-                raise ConfigError(f"{field}={getattr(self, field)!r} is unknown: {suggest(str(getattr(self, field)), allowed)}")
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ConfigError(f"{field}={value!r} is unknown: {suggest(str(value), allowed)}")
         if self.rank < 1:
             raise ConfigError(f"the LoRA rank must be at least 1, got {self.rank}")
 

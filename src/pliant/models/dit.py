@@ -70,6 +70,14 @@ class DiTConfig:
         """Token grid (rows, columns) at a patch size (default: the model's own)."""
         return token_grid(self.input_size, patch or self.patch_size)
 
+    def check_input(self, x: Tensor) -> None:
+        """Raises ShapeError unless x is (B, in_channels, *input_size)."""
+        if tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
+            raise ShapeError(
+                f"the model takes inputs of {(self.in_channels, *self.input_size)} "
+                f"(channels, height, width), got {tuple(x.shape[1:])}"
+            )
+
     @staticmethod
     def named(name: str, **options: Any) -> DiTConfig:
         """"DiT-XL/2" -> its config; options override fields (e.g. `input_size=64`)."""
@@ -162,14 +170,18 @@ class DiT(nn.Module):
 
     def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
         """The network below the conditioning: (B, C, H, W) and (B, 6*depth + 2, D) -> (B, out_channels, H, W)."""
-        if tuple(x.shape[1:]) != (self.config.in_channels, *self.config.input_size):
-            raise ShapeError(
-                f"the model takes inputs of {(self.config.in_channels, *self.config.input_size)} "
-                f"(channels, height, width), got {tuple(x.shape[1:])}"
-            )
-        tokens = self.patch_embed(x) + self.positions.to(self.patch_embed.weight.dtype)
+        tokens = self.embed(x)
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, modulations[:, 6 * i : 6 * i + 6])
+        return self.read(tokens, modulations)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the blocks' input (B, N, D). Raises ShapeError for another size than the config's."""
+        self.config.check_input(x)
+        return self.patch_embed(x) + self.positions.to(self.patch_embed.weight.dtype)
+
+    def read(self, tokens: Tensor, modulations: Tensor) -> Tensor:
+        """The blocks' output (B, N, D) and (B, 6*depth + 2, D) -> (B, out_channels, H, W)."""
         tokens = self.head(modulated_norm(tokens, modulations[:, -2], modulations[:, -1], 1e-6))
         return unpatchify(tokens, self.config.grid(), self.config.patch_size)
 

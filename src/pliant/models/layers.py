@@ -68,9 +68,9 @@ def linear(x: Tensor, layer: nn.Linear, lora: Delta | None) -> Tensor:
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """`LN(x) * scale + shift`, x (B, N, D); shift and scale one per sample (B, D), one for all (1, D), or one per token (B, N, D).
+    """`LN(x) * scale + shift`, x (B, N, D). `scale` already includes the 1.
 
-    `scale` already includes the 1.
+    shift and scale: one for all (1, D), one per sample (B, D), or one per token (B, N, D).
     """
     if shift.ndim == 2 and shift.shape[0] == 1:  # the normalisation kernel applies them in the same pass
         return F.layer_norm(x, x.shape[-1:], scale[0], shift[0], eps)
