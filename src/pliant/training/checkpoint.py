@@ -1,12 +1,12 @@
 """Resumable training states on disk. A checkpoint folder either is complete or does not exist under its name.
 
 `checkpoint-000500/` holds model.safetensors (trainable parameters and persistent buffers), ema.safetensors,
-optimizer.pt (tensors and numbers only) and state.json, which is written last and lists the size of every file.
+optimizer.pt (tensors and numbers only) and state.json, which is written last and lists the size of every
+file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -20,7 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from pliant.errors import FormatError
 from pliant.files import replaced_folder
@@ -33,7 +33,7 @@ _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that a run needs to go on exactly: tensors on the CPU, and `step` finished optimizer steps."""
+    """Everything that a run needs to go on exactly: tensors, and `step` finished optimizer steps."""
 
     step: int
     model: Mapping[str, Tensor]
@@ -48,8 +48,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
-    """Write, move into place, then delete all but the newest `keep`. Raises OSError (disk full, no permission) with
-    the earlier checkpoints untouched and nothing half-written left behind."""
+    """Write, move into place, then delete all but the newest `keep`. Raises OSError (disk full, no
+    permission) with the earlier checkpoints untouched and nothing half-written left behind."""
     final = checkpoint_path(folder, state.step)
     with replaced_folder(final) as temporary:
         files = {
@@ -73,13 +73,9 @@ def load_checkpoint(path: Path) -> TrainingState:
         description = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for name, size in description["files"].items():
             if (path / name).stat().st_size != size:
-                raise FormatError(
-                    f"{path / name} should have {size} bytes, has {(path / name).stat().st_size}"
-                )
+                raise FormatError(f"{path / name} should have {size} bytes, has {(path / name).stat().st_size}")
         if description["format"] != FORMAT:
-            raise FormatError(
-                f"{path} has checkpoint format {description['format']}, this version reads {FORMAT}"
-            )
+            raise FormatError(f"{path} has checkpoint format {description['format']}, this version reads {FORMAT}")
         return TrainingState(
             step=int(description["step"]),
             model=safetensors.torch.load_file(path / "model.safetensors"),
@@ -99,9 +95,7 @@ def load_checkpoint(path: Path) -> TrainingState:
         EOFError,
         SafetensorError,
     ) as error:
-        raise FormatError(
-            f"{path} is not a complete checkpoint: {(str(error).splitlines() or ['?'])[0]}"
-        ) from None
+        raise FormatError(f"{path} is not a complete checkpoint: {(str(error).splitlines() or ['?'])[0]}") from None
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path, TrainingState] | None:
@@ -123,27 +117,6 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob(".checkpoint-*.tmp"):
         logger.warning("removed an unfinished checkpoint: %s", path.name)
         shutil.rmtree(path, ignore_errors=True)
-
-
-def frozen_hash(network: nn.Module) -> str:
-    """Fingerprint of the parameters that do not train and are therefore not stored; "" if there are none."""
-    frozen = [(name, p) for name, p in network.named_parameters() if not p.requires_grad]
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in frozen:
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest() if frozen else ""
-
-
-# Settings that may differ when a run is resumed without changing what its steps compute.
-_HARMLESS = {"steps", "checkpoint", "sampling", "log_every", "output", "resume"}
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of top-level settings that differ and matter for exact resumption."""
-    changed = [name for name in now if name not in _HARMLESS and before.get(name) != now[name]]
-    decaying = now.get("optimizer", {}).get("decay") != "constant"
-    return [*changed, "steps"] if decaying and before.get("steps") != now.get("steps") else changed
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The typed configuration tree of a training run, loaded from YAML; unknown keys are refused with the nearest name.
+"""The typed configuration tree of a training run, loaded from YAML; unknown keys are refused.
 
 config = load_config("configs/digits-flow.yaml", ["steps=200", "optimizer.lr=3e-4"])
 """
@@ -53,7 +53,7 @@ class FlowMatchingConfig(Section):
 
     name: Literal["flow_matching"] = "flow_matching"
     time: str | dict[str, Any] = "uniform"
-    """Density of training times: uniform, logit-normal, mode, cosmap, or {name: logit-normal, mean: 0, std: 1}."""
+    """Density of training times: uniform, logit-normal, mode, cosmap; or {name: ..., options}."""
     class_dropout: float | None = Field(default=None, ge=0, le=1)
     """Probability of training without label; default: the network's own (0.1)."""
 
@@ -93,16 +93,14 @@ class DistillConfig(Section):
     variance_weight: float = Field(default=0.1, ge=0)
 
 
-ObjectiveConfig = Annotated[
-    FlowMatchingConfig | DDPMConfig | SharedConfig | DistillConfig, Field(discriminator="name")
-]
+ObjectiveConfig = Annotated[FlowMatchingConfig | DDPMConfig | SharedConfig | DistillConfig, Field(discriminator="name")]
 
 
 class DataConfig(Section):
     """Images and labels."""
 
     source: str
-    """"digits", a folder (one sub-folder per class, or metadata.jsonl), a Parquet file or glob, or a Hub data set."""
+    """"digits", a folder (sub-folders are classes, or metadata.jsonl), a Parquet file or glob, or a Hub set."""
     split: str = "train"
     image_column: str = "image"
     label_column: str | None = "label"
@@ -192,9 +190,7 @@ class TrainConfig(Section):
         if self.model.from_ is not None:
             for name in ("path", "prediction", "network_time"):
                 if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"`{name}` belongs to new networks; a model loaded with `from` brings its own"
-                    )
+                    raise ValueError(f"`{name}` belongs to new networks; a model loaded with `from` brings its own")
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,7 +199,7 @@ class TrainConfig(Section):
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and apply `key.sub=value` overrides (values are YAML). Raises ConfigError in one line."""
+    """Read a YAML file and apply `key.sub=value` overrides (values are YAML). Raises ConfigError."""
     try:
         tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,8 +1,9 @@
 """Randomness without state: every random number of a training step is a function of (seed, step, row).
 
-A *row* is a sample's place in the global batch of one optimizer step. Whoever computes row 5 of step 700 (one process
-or the third of four, with or without gradient accumulation) draws the same time, noise and label dropout for it. So a
-run resumes exactly from its step counter alone, and the number of processes does not change the result.
+A *row* is a sample's place in the global batch of one optimizer step. Whoever computes row 5 of step 700 (one
+process or the third of four, with or without gradient accumulation) draws the same time, noise and label
+dropout for it. So a run resumes exactly from its step counter alone, and the number of processes does not
+change the result.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ def derived_seed(*parts: int | str) -> int:
 
 
 class Draws:
-    """Random numbers for some rows of one step. Each call gives fresh numbers; equal call orders give equal numbers.
+    """Random numbers for some rows of one step. Each call gives fresh numbers, in a fixed sequence.
 
-    All draws happen on the CPU, so that a run on a GPU sees the same noise as a run on a CPU, and are then moved.
+    All draws happen on the CPU, so that a run on a GPU sees the same noise as a run on a CPU, and are then
+    moved.
     """
 
     def __init__(
@@ -47,12 +49,12 @@ class Draws:
         return Draws(seed, step, range(n), n, device)
 
     def shared(self) -> Generator:
-        """A CPU generator that is equal for all rows and processes of the step: for choices made once per batch."""
+        """A CPU generator that is equal for all rows and processes: for choices made once per step."""
         self._calls += 1
         return Generator().manual_seed(derived_seed("shared", self.seed, self.step, self._calls))
 
     def each(self, draw: Callable[[int, Generator], Tensor]) -> Tensor:
-        """`draw(total, generator) -> (total, ...)` for the global batch; returns this process's rows, on the device.
+        """`draw(total, generator) -> (total, ...)` for the global batch; returns this process's rows.
 
         For cheap per-sample numbers (times, dropout). Costs `total` draws on every process.
         """
@@ -73,7 +75,7 @@ class Draws:
         generator = Generator()
         base = derived_seed("normal", self.seed, self.step, self._calls)
         for place, row in enumerate(self.rows):
-            # torch's CPU generator uses 32 bits of a seed; an odd multiplier keeps the rows of one draw distinct.
+            # torch's CPU generator uses 32 bits of a seed; an odd multiplier keeps rows distinct.
             generator.manual_seed((base + 0x9E3779B1 * row) & 0xFFFFFFFF)
             torch.randn(tuple(shape), generator=generator, out=out[place])
         return out.to(self.device, non_blocking=True)

@@ -12,15 +12,13 @@ from pliant.errors import ConfigError, FormatError
 
 
 class EMA:
-    """`average <- d*average + (1-d)*parameter` after each step, in float32, for parameters that require gradients.
+    """`average <- d*average + (1-d)*parameter` after each step, in float32, of trainable parameters.
 
     With `warmup`, step k (from 0) uses `d = min(decay, (1+k)/(10+k))`, so that a short run forgets its
     initialisation; without, d is `decay` from the first step (official DiT).
     """
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], decay: float = 0.9999, warmup: bool = True
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0.0 <= decay < 1.0:
             raise ConfigError(f"the EMA decay must be in [0, 1), got {decay}")
         self.decay, self.warmup = decay, warmup
@@ -41,7 +39,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the network holds the averages; its own parameters come back bit-equal afterwards."""
+        """Inside the block the network holds the averages; then its own parameters come back bit-equal."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._assign(self.averages)
         try:
@@ -66,8 +64,6 @@ class EMA:
         """Restore averages. Raises FormatError if the names differ."""
         if state.keys() != self.averages.keys():
             odd = sorted(state.keys() ^ self.averages.keys())
-            raise FormatError(
-                f"the EMA in this checkpoint is for other parameters; differing: {', '.join(odd[:3])}"
-            )
+            raise FormatError(f"the EMA in this checkpoint is for other parameters; differing: {', '.join(odd[:3])}")
         for name, value in state.items():
             self.averages[name].copy_(value)

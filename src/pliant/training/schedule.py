@@ -6,7 +6,7 @@ import math
 
 
 def learning_rate(step: int, base: float, warmup: int = 0, decay: str = "constant", steps: int = 0) -> float:
-    """The rate of optimizer step `step` (from 0): linear warm-up over `warmup` steps, then constant or a half cosine.
+    """The rate of step `step` (from 0): linear warm-up over `warmup` steps, then constant or a half cosine.
 
     The cosine reaches 0 after `steps`. The first warm-up step already moves (rate base/warmup).
     """

@@ -28,7 +28,7 @@ from pliant.training.config import (
     SharedConfig,
     TrainConfig,
 )
-from pliant.training.data import TrainingSet, open_images
+from pliant.training.data import LatentSet, TrainingSet, open_images
 from pliant.training.draws import derived_seed
 from pliant.training.objectives import (
     DDPM,
@@ -54,15 +54,15 @@ def build_denoiser(config: TrainConfig) -> Denoiser:
 
 
 def _loaded(source: str) -> Denoiser:
-    import pliant
+    from pliant.formats import load
 
-    denoiser: Denoiser = pliant.load(source)
+    denoiser: Denoiser = load(source)
     denoiser.network.float()
     return denoiser
 
 
 def _unfreeze(denoiser: Denoiser) -> None:
-    """Models for inference may come frozen; training decides by recipe: "lora" trains its modes, all else everything."""
+    """Models for inference may come frozen. Recipe "lora" trains its modes, everything else all weights."""
     from pliant.adapters import FlexiDiT
 
     network = denoiser.network
@@ -97,11 +97,7 @@ def _network_time(config: TrainConfig, path: Path) -> NetworkTime:
     if config.network_time is not None:
         return NetworkTime.from_config(config.network_time)
     # The sinusoidal embedder resolves times of 0..1000 best, whatever the path.
-    return (
-        NetworkTime.timesteps(path.num_timesteps)
-        if isinstance(path, VPDiscrete)
-        else NetworkTime(scale=1000.0)
-    )
+    return NetworkTime.timesteps(path.num_timesteps) if isinstance(path, VPDiscrete) else NetworkTime(scale=1000.0)
 
 
 def _dit_config(model: ModelConfig, learn_sigma: bool) -> DiTConfig:
@@ -130,9 +126,7 @@ def _objective(config: Any, denoiser: Denoiser) -> Objective:
     if isinstance(config, DDPMConfig):
         return DDPM(dropout)
     if isinstance(config, DistillConfig):
-        return PatchDistillation(
-            _density(config.time) if config.time else None, dropout, config.variance_weight
-        )
+        return PatchDistillation(_density(config.time) if config.time else None, dropout, config.variance_weight)
     if isinstance(config, FlowMatchingConfig):
         return FlowMatching(_density(config.time), dropout)
     raise TypeError(type(config).__name__)  # pragma: no cover - the config's union is closed
@@ -141,9 +135,7 @@ def _objective(config: Any, denoiser: Denoiser) -> Objective:
 def _class_dropout(given: float | None, denoiser: Denoiser) -> float:
     own = denoiser.config.class_dropout
     if given is not None and given > 0 and own == 0:
-        raise ConfigError(
-            "class_dropout needs a null label: give the network `class_dropout` above 0 (DiT: 0.1)"
-        )
+        raise ConfigError("class_dropout needs a null label: give the network `class_dropout` above 0 (DiT: 0.1)")
     return own if given is None else given
 
 
@@ -168,8 +160,10 @@ def build_data(config: DataConfig, denoiser: Denoiser) -> TrainingSet:
     )
 
 
-def check_labels(data: TrainingSet, denoiser: Denoiser) -> None:
-    """Raise DataError if a label has no place in the network."""
+def check_data(data: TrainingSet, denoiser: Denoiser) -> None:
+    """Raise DataError if a sample or a label has no place in the network."""
+    if tuple(data.shape) != denoiser.sample_shape:
+        raise DataError(f"the data has samples of {tuple(data.shape)}, the model takes {denoiser.sample_shape}")
     highest = int(data.labels.max())
     if highest >= denoiser.num_classes:
         raise DataError(
@@ -178,9 +172,12 @@ def check_labels(data: TrainingSet, denoiser: Denoiser) -> None:
         )
 
 
-def with_class_names(denoiser: Denoiser, data: TrainingSet) -> Denoiser:
-    """The denoiser with the data's class names in its metadata, unless it has some or the counts differ."""
+def with_data_facts(denoiser: Denoiser, data: TrainingSet) -> Denoiser:
+    """The denoiser with what its users must know of the data: class names, and how latents were normalised."""
+    facts: dict[str, Any] = {}
     names = list(data.class_names)
-    if "class_names" in denoiser.metadata or len(names) != denoiser.num_classes:
-        return denoiser
-    return replace(denoiser, metadata={**denoiser.metadata, "class_names": names})
+    if "class_names" not in denoiser.metadata and len(names) == denoiser.num_classes:
+        facts["class_names"] = names
+    if isinstance(data, LatentSet):
+        facts["latents"] = data.normalisation
+    return replace(denoiser, metadata={**denoiser.metadata, **facts})

@@ -1,4 +1,4 @@
-"""The training loop, on accelerate: one optimizer step is a pure function of the state and the step number."""
+"""The training loop, on accelerate: one step is a pure function of the state and the step number."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from pliant.denoiser import Denoiser
-from pliant.errors import ConfigError, FormatError, PliantError
+from pliant.errors import ConfigError, PliantError
 from pliant.training import setup
 from pliant.training.checkpoint import (
-    TrainingState,
-    changed_settings,
     checkpoint_path,
-    frozen_hash,
     has_checkpoints,
     latest_checkpoint,
     remove_unfinished,
@@ -31,11 +28,12 @@ from pliant.training.checkpoint import (
 from pliant.training.config import TrainConfig
 from pliant.training.data import Feed, TrainingSet
 from pliant.training.draws import Draws
-from pliant.training.ema import EMA
+from pliant.training.grids import grid_sampler
 from pliant.training.metrics import Reporter, Window
 from pliant.training.objectives import Batch, Objective
 from pliant.training.prefetch import Prefetch, moved, pinned
 from pliant.training.schedule import learning_rate
+from pliant.training.state import Trainable
 
 logger = logging.getLogger("pliant.training")
 
@@ -55,21 +53,7 @@ class TrainResult:
     """The averaged weights as a native model folder."""
     checkpoint: Path
     denoiser: Denoiser
-    """The trained denoiser with the averaged weights."""
-
-
-class _Step(nn.Module):
-    """The forward half of a step as one module, so that DDP sees every parameter used by any objective."""
-
-    def __init__(self, denoiser: Denoiser, objective: Objective, bf16: bool) -> None:
-        super().__init__()
-        self.network = denoiser.network
-        self._denoiser, self._objective, self._bf16 = denoiser, objective, bf16
-
-    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            result = self._objective(self._denoiser, batch, draws)
-        return result.loss, dict(result.logs)
+    """The trained denoiser with the averaged weights, in eval mode."""
 
 
 def train(
@@ -82,19 +66,37 @@ def train(
 ) -> TrainResult:
     """Run (or resume) a training run. `denoiser` and `data` replace what the config names, if given.
 
-    Under `accelerate launch` every process calls this. Raises PliantError for unusable input, when the loss is not
-    finite, and when the final result cannot be written.
+    `sampler(denoiser, step)` is called every `sampling.every` steps; by default it writes a grid of images.
+
+    Under `accelerate launch` every process calls this. Raises PliantError for unusable input, when the loss is
+    not finite, and when the final result cannot be written.
     """
     denoiser = denoiser or setup.build_denoiser(config)
     objective = setup.build_objective(config, denoiser)
     data = data if data is not None else setup.build_data(config.data, denoiser)
-    setup.check_labels(data, denoiser)
-    denoiser = setup.with_class_names(denoiser, data)
+    setup.check_data(data, denoiser)
+    denoiser = setup.with_data_facts(denoiser, data)
+    if sampler is None and config.sampling.every:
+        sampler = grid_sampler(config.sampling, Path(config.output) / "samples")
     return Trainer(config, denoiser, objective, data, sampler, quiet).run()
 
 
+class StepModule(nn.Module):
+    """The forward half of a step as one module, so that DDP sees every parameter that any objective uses."""
+
+    def __init__(self, denoiser: Denoiser, objective: Objective, bf16: bool) -> None:
+        super().__init__()
+        self.network = denoiser.network
+        self._denoiser, self._objective, self._bf16 = denoiser, objective, bf16
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            result = self._objective(self._denoiser, batch, draws)
+        return result.loss, dict(result.logs)
+
+
 class Trainer:
-    """State of a run: parameters, averages, optimizer. Everything else is computed from the step number."""
+    """One run in one process (of possibly many)."""
 
     def __init__(
         self,
@@ -105,93 +107,70 @@ class Trainer:
         sampler: Sampler | None,
         quiet: bool,
     ) -> None:
-        self.config, self.objective, self.sampler = config, objective, sampler
+        self.config, self.sampler, self.folder = config, sampler, Path(config.output)
         # A patch size that a batch does not use leaves parameters without gradient; DDP must expect that.
         ddp = DistributedDataParallelKwargs(find_unused_parameters=len(denoiser.patch_sizes) > 1)
         self.accelerator = accelerate.Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+        self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.quiet = quiet or not self.main
         self.micro_batch = _micro_batch(config, self.accelerator.num_processes)
-        self.folder = Path(config.output)
-
-        self.denoiser = denoiser.to(self.accelerator.device)
-        network = self.denoiser.network.train()
-        self.trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        if not self.trainable:
-            raise ConfigError("nothing to train: every parameter of the model is frozen")
-        self.frozen_hash = frozen_hash(network)
-        self.ema = EMA(self.trainable, config.ema.decay, config.ema.warmup)
-        self.optimizer = torch.optim.AdamW(
-            self.trainable.values(),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            fused=self.accelerator.device.type in ("cpu", "cuda") or None,
-        )
-        self.step_module = self.accelerator.prepare_model(
-            _Step(self.denoiser, objective, config.precision == "bf16")
-        )
+        self.denoiser = denoiser.to(self.device)
+        self.state = Trainable(self.denoiser.network.train(), config)
+        step_module = StepModule(self.denoiser, objective, config.precision == "bf16")
+        self.step_module = self.accelerator.prepare_model(step_module)
         self.feed = Feed(data, config.seed, config.data.flip, objective.needs_partners)
         self.flops_per_image = objective.flops(self.denoiser)
         self._previous_norm: Tensor | None = None
         self._last_checkpoint: Path | None = None
         self._last_loss = math.nan
 
-    # The loop -----------------------------------------------------------------------------------------------------
+    # The loop -----------------------------------------------------------------------------------------------
 
     def run(self) -> TrainResult:
-        start, steps, every = self._resume(), self.config.steps, self.config
-        if self.main:
-            self._prepare_folder()
-        self.accelerator.wait_for_everyone()
+        """All steps that are left, then the export."""
+        config, count = self.config, self.config.accumulate
+        start = self._start()
         window = Window()
-        count = self.config.accumulate
-        threaded = self.accelerator.device.type != "cpu"
         with contextlib.ExitStack() as stack:
-            report = (
-                stack.enter_context(Reporter(self.folder, start, steps, self.quiet)) if self.main else None
-            )
-            batches = stack.enter_context(
-                contextlib.closing(Prefetch(self._fetch, start * count, steps * count, threaded))
-            )
-            if report is not None and start:
-                report.say(f"resumed from {self._last_checkpoint}")
-            for step in range(start, steps):
+            report = None
+            if self.main:
+                report = stack.enter_context(Reporter(self.folder, start, config.steps, self.quiet))
+                if start:
+                    report.say(f"resumed from {self._last_checkpoint}")
+            ahead = Prefetch(self._fetch, start * count, config.steps * count, self.device.type != "cpu")
+            batches = stack.enter_context(contextlib.closing(ahead))
+            for step in range(start, config.steps):
                 window.add(self._step(step, batches))
                 done = step + 1
                 if report is not None:
                     report.advance(done)
-                if done % every.log_every == 0 or done == steps:
+                if done % config.log_every == 0 or done == config.steps:
                     self._report(done, window, report)
-                if done % every.checkpoint.every == 0 or done == steps:
+                if done % config.checkpoint.every == 0 or done == config.steps:
                     self._checkpoint(done)
-                if every.sampling.every and done % every.sampling.every == 0:
+                if config.sampling.every and done % config.sampling.every == 0:
                     self._sample(done)
         return self._finish()
 
     def _step(self, step: int, batches: Prefetch) -> dict[str, Tensor]:
         """One optimizer step. Returns scalars on the device, averaged over this process's micro-batches."""
-        config, device = self.config, self.accelerator.device
+        config = self.config
         logs: dict[str, Tensor] = {}
         for micro in range(config.accumulate):
-            batch = moved(batches.get(step * config.accumulate + micro), device)
-            draws = Draws(config.seed, step, self._rows(micro), config.batch_size, device)
+            batch = moved(batches.get(step * config.accumulate + micro), self.device)
+            draws = Draws(config.seed, step, self._rows(micro), config.batch_size, self.device)
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
                 loss, extra = self.step_module(batch, draws)
                 self.accelerator.backward(loss / config.accumulate)
             for name, value in {"loss": loss.detach(), **extra}.items():
-                logs[name] = logs.get(name, torch.zeros((), device=device)) + value / config.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), config.optimizer.clip or math.inf)
+                logs[name] = logs.get(name, torch.zeros((), device=self.device)) + value / config.accumulate
+        clip = config.optimizer.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.state.parameters.values(), clip).detach()
         self._refuse_divergence(step, logs["loss"], norm)
-        rate = self._rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(step)
-        return {**logs, "grad_norm": norm.detach()}
+        self.state.update(step, self._rate(step))
+        return {**logs, "grad_norm": norm}
 
     def _rate(self, step: int) -> float:
         o = self.config.optimizer
@@ -206,144 +185,111 @@ class Trainer:
         """Micro-batch number k of this process since the start of the run."""
         step, micro = divmod(k, self.config.accumulate)
         batch = self.feed.batch(step, self._rows(micro), self.config.batch_size)
-        return pinned(batch) if self.accelerator.device.type == "cuda" else batch
+        return pinned(batch) if self.device.type == "cuda" else batch
 
     def _refuse_divergence(self, step: int, loss: Tensor, norm: Tensor) -> None:
         """Stop on a loss or gradient that is not finite, before it reaches the weights.
 
-        The norm is the same on all processes (gradients are already averaged), so all stop together. On accelerators
-        the norm of the step before is read instead: waiting for the current one would drain the queue every step.
-        Checkpoints look at the weights themselves.
+        The norm is the same on all processes (gradients are averaged already), so all stop together. On
+        accelerators the norm of the step before is read: waiting for the current one would drain the queue every
+        step. Checkpoints look at the weights themselves.
         """
-        if self.accelerator.device.type == "cpu":
+        if self.device.type == "cpu":
             alone = self.accelerator.num_processes == 1
             bad = not bool(torch.isfinite(norm)) or (alone and not bool(torch.isfinite(loss)))
         else:
             bad = self._previous_norm is not None and not bool(torch.isfinite(self._previous_norm))
-            self._previous_norm = norm.detach()
+            self._previous_norm = norm
         if bad:
             self._stop_diverged(step, float(loss), float(norm))
 
     def _stop_diverged(self, step: int, loss: float, norm: float) -> None:
-        good = (
-            f"the last good checkpoint is {self._last_checkpoint}"
-            if self._last_checkpoint
-            else "there is no checkpoint yet"
-        )
         raise PliantError(
-            f"training stopped at step {step}: loss {loss}, gradient norm {norm} (not finite); {good}. "
-            f"Lower optimizer.lr (now {self._rate(step):.1e}) or optimizer.clip, then resume."
+            f"training stopped at step {step}: loss {loss}, gradient norm {norm} (not finite); "
+            f"{self._good_checkpoint()}. Lower optimizer.lr (now {self._rate(step):.1e}) or optimizer.clip, "
+            f"then resume."
         )
 
-    # Reporting ----------------------------------------------------------------------------------------------------
+    # Reporting ----------------------------------------------------------------------------------------------
 
     def _report(self, done: int, window: Window, report: Reporter | None) -> None:
-        seconds, means = window.seconds, window.means()
+        seconds, steps, means = window.seconds, window.steps, window.means()
+        window.reset()
         names = sorted(means)
         if self.accelerator.num_processes > 1:
-            values = torch.tensor([means[name] for name in names], device=self.accelerator.device)
+            values = torch.tensor([means[name] for name in names], device=self.device)
             means = dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
         self._last_loss = means["loss"]
-        images = window.steps * self.config.batch_size / max(seconds, 1e-9)
-        if report is not None:
-            extra = {name: value for name, value in means.items() if name not in ("loss", "grad_norm")}
-            values_ = {
+        if report is None:
+            return
+        images = steps * self.config.batch_size / max(seconds, 1e-9)
+        extra = {name: value for name, value in means.items() if name not in ("loss", "grad_norm")}
+        report.metrics(
+            done,
+            {
                 "loss": means["loss"],
                 **extra,
                 "lr": self._rate(done - 1),
                 "grad_norm": means["grad_norm"],
-            }
-            values_ |= {"images_per_second": images, "flops_per_second": images * self.flops_per_image}
-            report.metrics(done, values_)
-        window.reset()
+                "images_per_second": images,
+                "flops_per_second": images * self.flops_per_image,
+            },
+        )
 
     def _sample(self, done: int) -> None:
         if self.main and self.sampler is not None:
             network = self.denoiser.network
-            with self.ema.applied(), torch.no_grad():
+            with self.state.ema.applied(), torch.no_grad():
                 network.eval()
                 self.sampler(self.denoiser, done)
                 network.train()
         self.accelerator.wait_for_everyone()
 
-    # State --------------------------------------------------------------------------------------------------------
+    # State --------------------------------------------------------------------------------------------------
 
-    def _prepare_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot create the output folder {self.folder}: {error.strerror}") from None
-
-    def _resume(self) -> int:
-        """Load the newest checkpoint if asked to; returns the number of finished steps."""
+    def _start(self) -> int:
+        """Prepare the folder and load the newest checkpoint if asked to. Returns the finished steps."""
+        if self.main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"cannot create the output folder {self.folder}: {error.strerror}") from None
+            remove_unfinished(self.folder)
+        self.accelerator.wait_for_everyone()
         if self.config.resume is None:
             if has_checkpoints(self.folder):
                 raise ConfigError(
                     f"{self.folder} already holds checkpoints: continue with resume=latest, or choose another output"
                 )
             return 0
-        if self.main:
-            remove_unfinished(self.folder)
         found = latest_checkpoint(self.folder)
         if found is None:
             return 0
         path, state = found
         if state.step > self.config.steps:
-            raise ConfigError(
-                f"{path} is beyond steps={self.config.steps}; ask for more steps or choose another output"
-            )
-        self._load(path, state)
+            raise ConfigError(f"{path} is beyond steps={self.config.steps}; ask for more steps")
+        self.state.restore(path, state)
         self._last_checkpoint = path
         return state.step
 
-    def _load(self, path: Path, state: TrainingState) -> None:
-        if state.info.get("frozen") != self.frozen_hash:
-            raise FormatError(
-                f"{path} belongs to another base model: the frozen weights differ from the ones loaded now"
-            )
-        if self.main:
-            for name in changed_settings(dict(state.info.get("config", {})), self.config.to_dict()):
-                logger.warning(
-                    "resuming with another %s than before: the result is not that of one uninterrupted run",
-                    name,
-                )
-        own = self._model_tensors()
-        if own.keys() != state.model.keys() or any(own[k].shape != v.shape for k, v in state.model.items()):
-            raise FormatError(f"{path} is for another model: its tensors differ in name or shape")
-        with torch.no_grad():
-            for name, tensor in state.model.items():
-                own[name].copy_(tensor)
-        self.ema.load_state_dict(state.ema)
-        self.optimizer.load_state_dict(dict(state.optimizer))
-
-    def _model_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint stores of the model: trainable parameters and persistent buffers."""
-        network = self.denoiser.network
-        frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
-        return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
-
     def _checkpoint(self, done: int) -> None:
-        """Save; a full disk leaves the run going and the earlier checkpoint valid, except at the very end."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.trainable.values()):
+        """Save. A full disk leaves the run going and the earlier checkpoint valid, except at the very end."""
+        if not self.state.is_finite():
             self._stop_diverged(done - 1, self._last_loss, math.nan)
         if not self.main:
             return
-        info = {"config": self.config.to_dict(), "frozen": self.frozen_hash, "torch": torch.__version__}
-        state = TrainingState(
-            done, self._model_tensors(), self.ema.state_dict(), self.optimizer.state_dict(), info
-        )
         try:
-            self._last_checkpoint = save_checkpoint(self.folder, state, self.config.checkpoint.keep)
+            self._last_checkpoint = save_checkpoint(self.folder, self.state.capture(done), self.config.checkpoint.keep)
         except OSError as error:
-            kept = (
-                f"the last good one is {self._last_checkpoint}"
-                if self._last_checkpoint
-                else "there is none yet"
-            )
-            message = f"could not write {checkpoint_path(self.folder, done).name} ({error.strerror or error}); {kept}"
+            name = checkpoint_path(self.folder, done).name
+            message = f"could not write {name} ({error.strerror or error}); {self._good_checkpoint()}"
             if done == self.config.steps:
                 raise PliantError(f"{message}. Free some space and run again with resume=latest.") from None
             logger.warning("%s; training goes on", message)
+
+    def _good_checkpoint(self) -> str:
+        good = self._last_checkpoint
+        return f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
 
     def _finish(self) -> TrainResult:
         """Put the averages into the network and export it."""
@@ -351,12 +297,9 @@ class Trainer:
         from pliant.formats import native
 
         self.accelerator.wait_for_everyone()
-        self.ema.copy_to_parameters()
-        network = self.denoiser.network.eval()
-        metadata = {
-            **self.denoiser.metadata,
-            "training": {"config": self.config.to_dict(), "steps": self.config.steps},
-        }
+        self.state.ema.copy_to_parameters()
+        network, config = self.denoiser.network.eval(), self.config
+        metadata = {**self.denoiser.metadata, "training": {"config": config.to_dict(), "steps": config.steps}}
         result = replace(self.denoiser, metadata=metadata)
         target = self.folder / "model"
         if self.main:
@@ -365,12 +308,11 @@ class Trainer:
                 if isinstance(network, FlexiDiT) and network.spec.recipe == "lora":
                     native.save_adapter(result, self.folder / "adapter")
             except OSError as error:
-                raise PliantError(
-                    f"could not write {target}: {error.strerror or error}; the checkpoint is kept"
-                ) from None
+                reason = error.strerror or error
+                raise PliantError(f"could not write {target}: {reason}; {self._good_checkpoint()}") from None
         self.accelerator.wait_for_everyone()
-        checkpoint = checkpoint_path(self.folder, self.config.steps)
-        return TrainResult(self.config.steps, self._last_loss, target, checkpoint, result)
+        checkpoint = checkpoint_path(self.folder, config.steps)
+        return TrainResult(config.steps, self._last_loss, target, checkpoint, result)
 
 
 def _micro_batch(config: TrainConfig, processes: int) -> int:

@@ -1,17 +1,29 @@
-"""Training data: sources, decoding, in-memory and lazy sets, latent caches, and the stateless sample order."""
+"""Training data: sources, decoding, in-memory and lazy sets, latent caches, stateless order."""
 
 from pliant.training.data.feed import Feed
 from pliant.training.data.images import ImageSet, LazyImageSet, TrainingSet, digits, open_images
+from pliant.training.data.latents import (
+    Encoded,
+    LatentSet,
+    autoencoder_encode,
+    autoencoder_scaling,
+    cached_latents,
+)
 from pliant.training.data.order import EpochOrder
 from pliant.training.data.sources import Source, open_source
 
 __all__ = [
+    "Encoded",
     "EpochOrder",
     "Feed",
     "ImageSet",
+    "LatentSet",
     "LazyImageSet",
     "Source",
     "TrainingSet",
+    "autoencoder_encode",
+    "autoencoder_scaling",
+    "cached_latents",
     "digits",
     "open_images",
     "open_source",

@@ -19,7 +19,7 @@ CHANNEL_MODES = {1: "L", 3: "RGB"}
 
 
 def open_cell(cell: Any, folder: Path | None = None) -> Image:
-    """An image column's cell as a PIL image: bytes, {"bytes", "path"} (Hugging Face), a path, an array or an image.
+    """An image column's cell as a PIL image: bytes, {"bytes", "path"} (Hugging Face), a path or an image.
 
     Raises whatever PIL raises for damaged data, and DataError for a cell that is none of these.
     """
@@ -43,7 +43,7 @@ def open_cell(cell: Any, folder: Path | None = None) -> Image:
 
 
 def to_pixels(image: Image, channels: int, size: tuple[int, int]) -> Tensor:
-    """(channels, H, W) uint8: shorter side resized (bicubic, antialiased), centre crop, transparency over white.
+    """(channels, H, W) uint8: shorter side resized (bicubic), centre crop, transparency over white.
 
     channels: 1 (grey) or 3 (RGB); size: (H, W).
     """
@@ -51,9 +51,7 @@ def to_pixels(image: Image, channels: int, size: tuple[int, int]) -> Tensor:
     from PIL import ImageOps
 
     if channels not in CHANNEL_MODES:
-        raise DataError(
-            f"images have 1 or 3 channels, the model wants {channels}; train it on latents instead"
-        )
+        raise DataError(f"images have 1 or 3 channels, the model wants {channels}; train it on latents instead")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = images.alpha_composite(images.new("RGBA", image.size, "white"), image)

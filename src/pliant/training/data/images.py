@@ -28,6 +28,11 @@ class TrainingSet(Protocol):
     labels: Tensor  # (N,) int64, CPU
     class_names: tuple[str, ...]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        ...
+
     def samples(self, indices: Tensor, flips: Tensor, draws: Draws) -> Tensor:
         """(B, C, H, W) float32 on the CPU for (B,) indices, mirrored left-right where (B,) bool `flips`."""
         ...
@@ -44,12 +49,17 @@ class ImageSet:
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.pixels.shape
+        return channels, height, width
+
     def samples(self, indices: Tensor, flips: Tensor, draws: Draws) -> Tensor:
         return _mirror(normalise(self.pixels[indices]), flips)
 
 
 class LazyImageSet:
-    """Images decoded when a batch needs them. A damaged image is replaced by the next readable one, always the same."""
+    """Images decoded when a batch needs them. The next readable one always stands in for a damaged one."""
 
     def __init__(self, source: Source, channels: int, size: tuple[int, int]) -> None:
         self._source, self._channels, self._size = source, channels, size
@@ -65,6 +75,10 @@ class LazyImageSet:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._channels, *self._size
 
     def samples(self, indices: Tensor, flips: Tensor, draws: Draws) -> Tensor:
         pixels = list(self._pool.map(self._readable, indices.tolist()))
@@ -104,15 +118,13 @@ def _decode(source: Source, index: int, channels: int, size: tuple[int, int]) ->
 
 
 def decode_all(source: Source, channels: int, size: tuple[int, int], indices: Iterable[int]) -> ImageSet:
-    """Decode into memory; damaged images are left out, counted and named. Raises DataError if none is readable."""
+    """Decode into memory; damaged images are left out, counted and named. Raises DataError if all are."""
     wanted = list(indices)
     pixels = torch.empty(len(wanted), channels, *size, dtype=torch.uint8)
     kept: list[int] = []
     skipped: list[str] = []
     with ThreadPoolExecutor(max_workers=_workers()) as pool:
-        for index, image in zip(
-            wanted, pool.map(lambda i: _decode(source, i, channels, size), wanted), strict=True
-        ):
+        for index, image in zip(wanted, pool.map(lambda i: _decode(source, i, channels, size), wanted), strict=True):
             if image is None:
                 skipped.append(source.name(index))
             else:
@@ -127,17 +139,24 @@ def decode_all(source: Source, channels: int, size: tuple[int, int], indices: It
     return ImageSet(pixels[: len(kept)], labels, source.class_names, tuple(skipped))
 
 
-def digits(channels: int, size: tuple[int, int]) -> ImageSet:
-    """scikit-learn's 1797 bundled 8x8 digits, values 0..16 mapped to [-1, 1] exactly; resized if the model differs."""
+def digits(channels: int, size: tuple[int, int], split: str = "train") -> ImageSet:
+    """scikit-learn's 1797 bundled 8x8 digits, values 0..16 mapped to [-1, 1]; resized if needed.
+
+    Images 0, 5, 10, ... are the test split, as in `pliant.evaluation`. Raises DataError for an unknown split.
+    """
     from sklearn.datasets import load_digits
 
+    if split not in ("train", "test", "all"):
+        raise DataError(f"digits has the splits train, test and all, not {split!r}")
     data = load_digits()
     pixels = torch.from_numpy(data.images).float()[:, None] / 8.0 - 1.0
     if size != (8, 8):
         pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+    test = torch.arange(len(pixels)) % 5 == 0
+    keep = {"train": ~test, "test": test, "all": torch.ones_like(test)}[split]
     return ImageSet(
-        pixels.expand(-1, channels, -1, -1).contiguous(),
-        torch.from_numpy(data.target).long(),
+        pixels[keep].expand(-1, channels, -1, -1).contiguous(),
+        torch.from_numpy(data.target).long()[keep],
         tuple(str(i) for i in range(10)),
     )
 
@@ -153,7 +172,7 @@ def open_images(
 ) -> ImageSet | LazyImageSet:
     """The training set that `source` names, at the model's channels and (H, W). Raises DataError."""
     if source == "digits":
-        whole = digits(channels, size)
+        whole = digits(channels, size, split)
         return ImageSet(whole.pixels[:limit], whole.labels[:limit], whole.class_names)
     opened = open_source(source, split, image_column, label_column)
     n = len(opened) if limit is None else min(limit, len(opened))

@@ -1,4 +1,4 @@
-"""The order in which samples are seen: a pure function of (seed, position), so nothing about it needs to be saved."""
+"""The order in which samples are seen: a pure function of (seed, position), with nothing to save."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pliant.training.draws import derived_seed
 
 
 class EpochOrder:
-    """Position p of the endless sample stream is in epoch p // n; each epoch is a permutation of 0..n-1 of its own."""
+    """Position p of the endless sample stream is in epoch p // n; each epoch has its own permutation."""
 
     def __init__(self, n: int, seed: int) -> None:
         if n < 1:
@@ -26,7 +26,7 @@ class EpochOrder:
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
-            # A batch touches at most neighbouring epochs unless the data set is tiny: keep a few, forget the rest.
+            # A batch touches at most neighbouring epochs unless the data set is tiny: keep few.
             if len(self._epochs) >= 4:
                 self._epochs.clear()
             generator = Generator().manual_seed(derived_seed("epoch", self.seed, epoch))

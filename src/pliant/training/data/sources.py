@@ -1,4 +1,4 @@
-"""Where images come from: a folder, Parquet files, a Hub data set, or scikit-learn's digits. Nothing is decoded here."""
+"""Where images come from: a folder, Parquet files, a Hub data set. Nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass(frozen=True)
 class Source:
-    """Undecoded images: `cell(i)` for `decode.open_cell`, `name(i)` for messages, integer labels, class names."""
+    """Undecoded images: `cell(i)` is what `decode.open_cell` reads, `name(i)` is for messages."""
 
     labels: np.ndarray
     class_names: tuple[str, ...]
@@ -35,7 +35,8 @@ def open_source(
 ) -> Source:
     """Find out what `source` names and open it. Raises DataError if it is missing, empty or lacks a column.
 
-    source: a folder (sub-folders are classes, or `metadata.jsonl`), a Parquet file or glob, or a Hub data set name.
+    source: a folder (sub-folders are classes, or `metadata.jsonl`), a Parquet file or glob, or a Hub data set
+    name.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -65,7 +66,8 @@ def _folder(folder: Path, label_column: str | None) -> Source:
                 raw_labels.append(0 if label_column is None else row[label_column])
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
-                    f"{metadata}, line {number}: expected JSON with 'file_name' and {label_column!r} ({error})"
+                    f"{metadata}, line {number}: expected JSON with 'file_name' and {label_column!r}, "
+                    f"got an error: {error}"
                 ) from None
     else:
         files = sorted(f for f in folder.glob("**/*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
@@ -101,8 +103,8 @@ def _encode_labels(raw: Sequence[Any], names: Sequence[str] | None) -> tuple[np.
 
 
 def _parquet(files: Sequence[Path], image_column: str, label_column: str | None) -> Source:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     columns = [image_column] + ([] if label_column is None else [label_column])
     tables = []
@@ -123,9 +125,7 @@ def _parquet(files: Sequence[Path], image_column: str, label_column: str | None)
     labels, names = _encode_labels(raw, class_names)
     # One contiguous chunk makes cell access O(1); a table beyond 2 GB of image bytes keeps its chunks.
     images = table[image_column]
-    return Source(
-        labels, names, lambda i: images[i].as_py(), lambda i: f"row {i} of {files[0].name}", files[0].parent
-    )
+    return Source(labels, names, lambda i: images[i].as_py(), lambda i: f"row {i} of {files[0].name}", files[0].parent)
 
 
 def _need_columns(wanted: Sequence[str], present: Sequence[str], where: str) -> None:

@@ -33,7 +33,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to minimise and detached scalars to log (tensors, so that logging costs no device sync per step)."""
+    """A scalar to minimise and detached scalars to log (tensors: logging must not wait for the device)."""
 
     loss: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""DDPM's noise regression, with learned variance when the network has variance channels: DiT's loss (sheet A, 3.3)."""
+"""DDPM's noise regression, with learned variance if the network has it: DiT's loss (sheet A, 3.3)."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor
 
 
 def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """-log P(pixel) in nats when 256 levels in [-1, 1] are bins of a Gaussian; the outer bins reach to infinity.
+    """-log P(pixel) in nats when 256 levels in [-1, 1] are bins of a Gaussian; the outer bins are open.
 
-    Exact normal CDF (the official code uses a tanh approximation of it, off by less than 1e-3 in probability).
+    Exact normal CDF (the official code uses a tanh approximation of it, off by less than 1e-3).
     """
     inverse = torch.exp(-log_std)
     upper, lower = (x - mean + 1.0 / 255.0) * inverse, (x - mean - 1.0 / 255.0) * inverse
@@ -68,9 +68,7 @@ def discretized_gaussian_nll(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor
     return -log_p.clamp(min=math.log(1e-12))
 
 
-def variational_bound(
-    x0: Tensor, x: Tensor, k: Tensor, eps: Tensor, code: Tensor, path: VPDiscrete
-) -> Tensor:
+def variational_bound(x0: Tensor, x: Tensor, k: Tensor, eps: Tensor, code: Tensor, path: VPDiscrete) -> Tensor:
     """(B,) terms of the variational bound in bits per dimension (arXiv 2102.09672, section 3.1).
 
     k: (B,) integer timesteps; eps, code: the network's noise and variance code u, with
@@ -95,7 +93,7 @@ def variational_bound(
 
 @dataclass(frozen=True)
 class DDPM:
-    """MSE on the noise, plus the variational bound with the mean detached if the network predicts a variance code.
+    """MSE on the noise; with a variance code also the variational bound, its mean detached.
 
     Timesteps uniform over the table's integers; no weights (official DiT: plain "MSE" loss type).
     """
@@ -104,9 +102,7 @@ class DDPM:
 
     needs_partners = False
 
-    def __call__(
-        self, denoiser: Denoiser, batch: Batch, draws: Draws, compute: Compute | None = None
-    ) -> Loss:
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws, compute: Compute | None = None) -> Loss:
         path = denoiser.path
         if not isinstance(path, VPDiscrete):
             raise ConfigError(f"ddpm trains on the path 'vp-discrete', not {path.name!r}; use flow_matching")
@@ -129,9 +125,7 @@ class DDPM:
                 f"objective 'ddpm' needs path 'vp-discrete', this model has {denoiser.path.name!r}; use 'flow_matching'"
             )
         if denoiser.prediction != "epsilon":
-            raise ConfigError(
-                f"objective 'ddpm' needs prediction 'epsilon', this model has {denoiser.prediction!r}"
-            )
+            raise ConfigError(f"objective 'ddpm' needs prediction 'epsilon', this model has {denoiser.prediction!r}")
 
     def flops(self, denoiser: Denoiser) -> float:
         return 3.0 * denoiser.flops(Compute())

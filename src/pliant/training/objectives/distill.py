@@ -1,4 +1,4 @@
-"""Recipe L of FlexiDiT (arXiv 2502.20126; sheet A, 1.6): new patch sizes learn what the original size predicts."""
+"""Recipe L of FlexiDiT (arXiv 2502.20126; sheet A, 1.6): new patch sizes imitate the original one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PatchDistillation:
-    """`E || f(x_t, t, c; p0) - f(x_t, t, c; p_new) ||^2` in the network's own prediction type; p0 without gradient.
+    """`E || f(x_t, t, c; p0) - f(x_t, t, c; p_new) ||^2` in the network's own prediction type.
 
-    With variance channels, their code is regressed too with `variance_weight` (decision 7.4; 0 switches it off).
-    Labels are dropped as in training, so that the unconditional branch is learnt as well.
+    The original size p0 gets no gradient. With variance channels, their code is regressed too with
+    `variance_weight` (decision 7.4; 0 switches it off). Labels are dropped as in training, so that the
+    unconditional branch is learnt as well.
     """
 
     time: TimeDensity | None = None

@@ -23,10 +23,10 @@ def _uniform() -> TimeDensity:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """`E || v_theta(x_t, t, c) - dx_t/dt ||^2`, mean over all elements (arXiv 2210.02747, eq. 14; 2403.03206, eq. 5).
+    """`E || v_theta(x_t, t, c) - dx_t/dt ||^2`, mean over elements (arXiv 2210.02747, eq. 14).
 
-    Works on any path with a Gaussian source and any prediction type: the network's output is converted to a velocity.
-    Paths whose velocity is infinite at t=0 (vp, cosine, vp-discrete) need times away from it, e.g.
+    Works on any path with a Gaussian source and any prediction type: the network's output is converted to a
+    velocity. Paths whose velocity is infinite at t=0 (vp, cosine, vp-discrete) need times away from it, e.g.
     `time={"name": "uniform", "low": 1e-3}`.
     """
 
@@ -35,9 +35,7 @@ class FlowMatching:
 
     needs_partners = False
 
-    def __call__(
-        self, denoiser: Denoiser, batch: Batch, draws: Draws, compute: Compute | None = None
-    ) -> Loss:
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws, compute: Compute | None = None) -> Loss:
         t = draws.each(self.time.sample)
         noise = draws.normal(batch.images.shape[1:])
         labels = drop_labels(batch, denoiser, self.class_dropout, draws)
@@ -48,9 +46,7 @@ class FlowMatching:
 
     def check(self, denoiser: Denoiser) -> None:
         if not denoiser.path.gaussian_source:
-            raise ConfigError(
-                f"flow_matching trains paths with a Gaussian source, not {denoiser.path.name!r}"
-            )
+            raise ConfigError(f"flow_matching trains paths with a Gaussian source, not {denoiser.path.name!r}")
 
     def flops(self, denoiser: Denoiser) -> float:
         return 3.0 * denoiser.flops(Compute())

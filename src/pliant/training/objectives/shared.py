@@ -1,4 +1,4 @@
-"""Recipe S of FlexiDiT (arXiv 2502.20126; sheet A, 1.5): one set of weights, one random patch size per batch."""
+"""Recipe S of FlexiDiT (arXiv 2502.20126; sheet A, 1.5): one set of weights, random patch sizes."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ def _weakest_first(patches: Sequence[Patch]) -> list[Patch]:
 
 @dataclass(frozen=True)
 class MMDBootstrap:
-    """Make the weak-then-powerful sampling chain land on the data's own noisy distribution (sheet A, 1.5 and 7.3).
+    """Make the weak-then-powerful chain land on the data's own noisy distribution (sheet A, 1.5, 7.3).
 
-    Noise real images up to a time, walk down a few steps of the sampling grid with ever smaller patches, and compare
-    with other images of the same classes noised to the end time. Gradients flow through the steps at the smallest
-    patch only. The walk is the deterministic DDIM step, so its only randomness is the starting noise.
+    Noise real images up to a time, walk down a few steps of the sampling grid with ever smaller patches, and
+    compare with other images of the same classes noised to the end time. Gradients flow through the steps at
+    the smallest patch only. The walk is the deterministic DDIM step, so its only randomness is the starting
+    noise.
     """
 
     weight: float = 0.1
@@ -62,14 +63,8 @@ class MMDBootstrap:
     """The end time is `u**clean_bias` of its range, u uniform: above 1 favours the clean end."""
 
     def __post_init__(self) -> None:
-        if (
-            self.weak_steps < 1
-            or self.powerful_steps < 1
-            or self.weak_steps + self.powerful_steps >= self.grid
-        ):
-            raise ConfigError(
-                "mmd needs weak_steps >= 1, powerful_steps >= 1 and a grid longer than their sum"
-            )
+        if self.weak_steps < 1 or self.powerful_steps < 1 or self.weak_steps + self.powerful_steps >= self.grid:
+            raise ConfigError("mmd needs weak_steps >= 1, powerful_steps >= 1 and a grid longer than their sum")
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws, patches: Sequence[Patch]) -> Tensor:
         if batch.partners is None:
@@ -83,9 +78,7 @@ class MMDBootstrap:
         target = denoiser.path.mix(batch.images, draws.normal(shape), times[-1])
         x = denoiser.path.mix(batch.partners, draws.normal(shape), times[0])
         *weak, powerful = _weakest_first(patches)
-        schedule = [patch for patch in weak for _ in range(self.weak_steps)] + [
-            powerful
-        ] * self.powerful_steps
+        schedule = [patch for patch in weak for _ in range(self.weak_steps)] + [powerful] * self.powerful_steps
         for i, patch in enumerate(schedule):
             with torch.set_grad_enabled(patch == powerful and torch.is_grad_enabled()):
                 x = _ddim_step(denoiser, x, times[i], times[i + 1], batch.labels, patch)

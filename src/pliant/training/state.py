@@ -1,0 +1,83 @@
+"""What changes while training: trainable parameters, their average and the optimizer; to and from checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.errors import ConfigError, FormatError
+from pliant.training.checkpoint import TrainingState
+from pliant.training.config import TrainConfig
+from pliant.training.ema import EMA
+from pliant.training.fingerprint import changed_settings, frozen_hash
+
+logger = logging.getLogger("pliant.training")
+
+
+class Trainable:
+    """The mutable half of a run. Everything else is computed from the configuration and the step number."""
+
+    def __init__(self, network: nn.Module, config: TrainConfig) -> None:
+        self.network, self.config = network, config
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ConfigError("nothing to train: every parameter of the model is frozen")
+        self._frozen = frozen_hash(network)
+        self.ema = EMA(self.parameters, config.ema.decay, config.ema.warmup)
+        device = next(iter(self.parameters.values())).device
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            fused=device.type in ("cpu", "cuda") or None,
+        )
+
+    def update(self, step: int, rate: float) -> None:
+        """Apply the gradients as optimizer step number `step` (from 0) and follow with the average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(step)
+
+    def is_finite(self) -> bool:
+        """Whether every trainable parameter is."""
+        return all(bool(torch.isfinite(p).all()) for p in self.parameters.values())
+
+    def capture(self, step: int) -> TrainingState:
+        """The state after `step` finished steps. Shares memory: write it before training on."""
+        return TrainingState(
+            step=step,
+            model=self._model_tensors(),
+            ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            info={"config": self.config.to_dict(), "frozen": self._frozen, "torch": torch.__version__},
+        )
+
+    def restore(self, path: Path, state: TrainingState) -> None:
+        """Take over a checkpoint. Raises FormatError if it belongs to another model; notes changed settings."""
+        if state.info.get("frozen") != self._frozen:
+            raise FormatError(f"{path} belongs to another base model: its frozen weights differ from these")
+        before: Mapping[str, Any] = state.info.get("config", {})
+        for name in changed_settings(before, self.config.to_dict()):
+            logger.warning("resuming with another %s: not the result of one uninterrupted run", name)
+        own = self._model_tensors()
+        if own.keys() != state.model.keys() or any(own[k].shape != v.shape for k, v in state.model.items()):
+            raise FormatError(f"{path} is for another model: its tensors differ in name or shape")
+        with torch.no_grad():
+            for name, tensor in state.model.items():
+                own[name].copy_(tensor)
+        self.ema.load_state_dict(state.ema)
+        self.optimizer.load_state_dict(dict(state.optimizer))
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint stores of the model: trainable parameters and persistent buffers."""
+        frozen = {name for name, p in self.network.named_parameters() if not p.requires_grad}
+        return {name: tensor for name, tensor in self.network.state_dict().items() if name not in frozen}
