@@ -1,0 +1,162 @@
+"""What turns images into features, and the small extractors that ship with Pliant.
+
+A distance is named after its extractor: "Fréchet distance (digits-classifier)". Only Inception's pool3 makes
+an FID.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pliant.errors import ConfigError, FormatError, ShapeError, suggest
+from pliant.evaluation.images import from_uint8
+from pliant.evaluation.networks import ConvClassifier, ConvClassifierConfig
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets" / "extractors"
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """Images to features. Everything a recipe needs to say about them is text on the object."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def preprocessing(self) -> str:
+        """What happens to an image first, e.g. "8-bit, bicubic antialiased to 32x32 unless that size"."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weight file."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images: (B, C, H, W) float in [-1, 1] -> (B, dim) float32."""
+        ...
+
+
+@runtime_checkable
+class Classifier(FeatureExtractor, Protocol):
+    """An extractor that can also say which class a feature belongs to."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def classify(self, features: Tensor) -> Tensor:
+        """features: (B, dim) -> most likely class (B,) int64."""
+        ...
+
+
+def fitted(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) -> (B, channels, *size): grey is repeated to RGB, RGB of three equal channels is taken as
+    grey, and other sizes are resized (bicubic, antialiased).
+
+    Raises ShapeError for anything else; colour is never thrown away.
+    """
+    x = images.float()
+    if x.ndim == 4 and channels == 1 and x.shape[1] == 3 and bool((x == x[:, :1]).all()):
+        x = x[:, :1].contiguous()  # the same memory as true grey, hence the same bits out
+    if x.ndim != 4 or x.shape[1] not in (1, channels):
+        raise ShapeError(f"expected images (B, {channels}, H, W), got {tuple(images.shape)}")
+    if x.shape[2:] != size:
+        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    return x.expand(-1, channels, -1, -1)
+
+
+class ClassifierExtractor:
+    """A shipped `ConvClassifier`: float32, evaluation mode, never trained further."""
+
+    def __init__(self, name: str, network: ConvClassifier, fingerprint: str, test_accuracy: float) -> None:
+        self.name, self.fingerprint, self.test_accuracy = name, fingerprint, test_accuracy
+        self.config = network.config
+        self.dim, self.num_classes = network.config.widths[-1], network.config.num_classes
+        h, w = network.config.input_size
+        self.preprocessing = f"8-bit, bicubic antialiased to {h}x{w} unless that size"
+        self._network = network.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = fitted(images, self.config.in_channels, self.config.input_size)
+        with torch.inference_mode():
+            return self._network.features(x.contiguous(memory_format=torch.channels_last)).clone()
+
+    def classify(self, features: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self._network.head(features).argmax(1).clone()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ClassifierExtractor:
+        """A folder with config.json and model.safetensors.  Raises FormatError for anything missing or
+        damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            data = (folder / "model.safetensors").read_bytes()
+            network = ConvClassifier(ConvClassifierConfig.from_dict(config["network"]))
+            # The file is float16; load_state_dict copies into float32 parameters.
+            network.load_state_dict(load(data))
+            name, accuracy = str(config["name"]), float(config["test_accuracy"])
+        except (
+            OSError,
+            json.JSONDecodeError,
+            KeyError,
+            TypeError,
+            SafetensorError,
+            RuntimeError,
+            ConfigError,
+        ) as e:
+            raise FormatError(f"{folder} is not a readable feature extractor ({e}); reinstall or retrain it") from e
+        return cls(name, network, hashlib.sha256(data).hexdigest(), accuracy)
+
+
+def available_extractors() -> tuple[str, ...]:
+    """Names that `get_extractor` knows."""
+    shipped = [p.parent.name for p in ASSETS.glob("*/config.json")]
+    return (*sorted(shipped), "inception-v3-pool3")
+
+
+@lru_cache(maxsize=4)
+def get_extractor(name: str) -> FeatureExtractor:
+    """A shipped extractor or "inception-v3-pool3" (needs torch-fidelity).  Raises ConfigError for other
+    names.
+    """
+    if name == "inception-v3-pool3":
+        from pliant.evaluation.inception import InceptionPool3
+
+        return InceptionPool3.load()
+    if name not in available_extractors():
+        raise ConfigError(f"unknown feature extractor {name!r}; {suggest(name, available_extractors())}")
+    return ClassifierExtractor.load(ASSETS / name)
+
+
+def distance_name(extractor: FeatureExtractor) -> str:
+    """What the Fréchet distance in this space may be called."""
+    kind = "FID" if extractor.name == "inception-v3-pool3" else "Fréchet distance"
+    return f"{kind} ({extractor.name})"
+
+
+def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> Tensor:
+    """uint8 batches (B, C, H, W) -> all features (N, dim) float32, on the CPU.  Raises ShapeError when there
+    are none.
+    """
+    features = [extractor(from_uint8(b)).cpu() for b in batches]
+    if not features:
+        raise ShapeError("no images were given to the feature extractor")
+    return torch.cat(features)
