@@ -61,7 +61,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: tuple[int, int]) ->
 def _axis_resize(n_from: int, n_to: int, resample: Resample) -> Tensor:
     """(n_to, n_from) matrix that resizes one axis. Rows sum to 1."""
     ratio = n_from / n_to
-    matrix = torch.zeros(n_to, n_from, dtype=torch.float64)
+    matrix = torch.zeros(n_to, n_from, dtype=torch.float64, device="cpu")
     for i in range(n_to):
         if resample == "bilinear":  # half-pixel centres, edge clamped, no antialiasing
             place = min(max((i + 0.5) * ratio - 0.5, 0.0), n_from - 1.0)
@@ -81,7 +81,7 @@ def _axis_resize(n_from: int, n_to: int, resample: Resample) -> Tensor:
 @lru_cache(maxsize=256)
 def resize_matrix(p_from: PatchSize, p_to: PatchSize, resample: Resample = "bilinear") -> Tensor:
     """`B`: (prod(p_to), prod(p_from)), resizes a flattened row-major patch of any number of axes. Do not modify."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")  # cached: never on a caller's device
     for n_from, n_to in zip(p_from, p_to, strict=True):
         matrix = torch.kron(matrix, _axis_resize(n_from, n_to, resample))
     return matrix
@@ -96,7 +96,7 @@ def kernel_projection(p_from: PatchSize, p_to: PatchSize, resample: Resample = "
 def resize_kernel(kernel: Tensor, matrix: Tensor, p_to: PatchSize) -> Tensor:
     """Apply a pixel-axis matrix to a kernel (D, C, *p_from) -> (D, C, *p_to). Float64 inside, differentiable."""
     flat = kernel.reshape(*kernel.shape[:2], -1).double()
-    return (flat @ matrix.to(flat.device).T).reshape(*kernel.shape[:2], *p_to).to(kernel.dtype)
+    return (flat @ matrix.to(flat).T).reshape(*kernel.shape[:2], *p_to).to(kernel.dtype)
 
 
 def pi_resize(kernel: Tensor, p_to: PatchSize, resample: Resample = "bilinear") -> Tensor:
@@ -109,4 +109,4 @@ def resize_head(weight: Tensor, matrix: Tensor) -> Tensor:
     """Apply a pixel-axis matrix (P', P) to a head's weight (P*C, D) or bias (P*C,), channel fastest."""
     pixels = matrix.shape[1]
     flat = weight.reshape(pixels, -1).double()  # (P, C*D) or (P, C)
-    return (matrix.to(flat.device) @ flat).reshape(-1, *weight.shape[1:]).to(weight.dtype)
+    return (matrix.to(flat) @ flat).reshape(-1, *weight.shape[1:]).to(weight.dtype)
