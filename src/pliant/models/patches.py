@@ -21,7 +21,7 @@ PatchSize: TypeAlias = tuple[int, ...]
 
 def patch_pair(patch: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
     """4 -> (4, 4); (2, 4) unchanged. Raises ConfigError for anything that is not one or two positive integers."""
-    pair = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    pair = tuple(patch) if isinstance(patch, (tuple, list)) else (patch, patch)
     if len(pair) != 2 or not all(isinstance(p, int) and p > 0 for p in pair):
         raise ConfigError(f"a patch size is one positive integer or two (height, width), got {patch!r}")
     return pair
