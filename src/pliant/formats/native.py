@@ -7,8 +7,9 @@ config names the architecture of the base it belongs to.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ from pliant.denoiser import Denoiser, Network
 from pliant.errors import FormatError, PliantError
 from pliant.files import replaced_folder, write_json
 from pliant.models.dit import DiT, DiTConfig
-from pliant.paths import NetworkTime, path_from_config, prediction_type
+from pliant.paths import NetworkTime, Path, PredictionType, path_from_config, prediction_type
 
 FORMAT, VERSION = "pliant", 1
 MODEL_FILE, ADAPTER_FILE, CONFIG_FILE = "model.safetensors", "adapter.safetensors", "config.json"
@@ -78,18 +79,28 @@ def read_config(folder: FilePath) -> dict[str, Any]:
     return config
 
 
-def build(config: dict[str, Any], where: object) -> Denoiser:
-    """An untrained denoiser as a config describes it. Raises FormatError naming what is missing or unknown."""
+class Meaning(NamedTuple):
+    """A checked config.json."""
+
+    dit: DiTConfig
+    flex: FlexSpec | None
+    path: Path
+    prediction: PredictionType
+    network_time: NetworkTime
+    metadata: dict[str, Any]
+
+
+def parse(config: dict[str, Any], where: object) -> Meaning:
+    """Check a config. Raises FormatError naming what is missing or unknown."""
     if config.get("format") != FORMAT:
         raise FormatError(f"{where} is not a Pliant config (format {config.get('format')!r})")
     if config.get("version") != VERSION:
         raise FormatError(f"{where} has config version {config.get('version')!r}, this Pliant reads version {VERSION}")
     try:
-        base = DiT(DiTConfig.from_dict(config["network"]["dit"]))
         flex = config["network"].get("flex")
-        network: Network = FlexiDiT(base, FlexSpec.from_dict(flex)) if flex else base
-        return Denoiser(
-            network=network,
+        return Meaning(
+            dit=DiTConfig.from_dict(config["network"]["dit"]),
+            flex=FlexSpec.from_dict(flex) if flex else None,
             path=path_from_config(config["path"]),
             prediction=prediction_type(config["prediction"]),
             network_time=NetworkTime.from_config(config["network_time"]),
@@ -99,6 +110,31 @@ def build(config: dict[str, Any], where: object) -> Denoiser:
         raise FormatError(f"{where} lacks the field {error.args[0]!r}") from None
     except PliantError as error:
         raise FormatError(f"{where}: {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{where} has a field of the wrong type ({error})") from None
+
+
+def build(config: dict[str, Any], where: object) -> Denoiser:
+    """An untrained denoiser as a config describes it. Raises FormatError naming what is missing or unknown."""
+    dit, flex, path, prediction, network_time, metadata = parse(config, where)
+    try:
+        base = DiT(dit)
+        network: Network = FlexiDiT(base, flex) if flex else base
+    except PliantError as error:
+        raise FormatError(f"{where}: {error}") from None
+    return Denoiser(network, path, prediction, network_time, metadata)
+
+
+def count_parameters(file: FilePath) -> int:
+    """Numbers in a safetensors file, from its header alone. Raises FormatError if it is missing or damaged."""
+    if not file.is_file():
+        raise FormatError(f"{file} does not exist; a model folder needs {CONFIG_FILE} and {MODEL_FILE}")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            shapes = [handle.get_slice(name).get_shape() for name in handle.keys()]  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{file} is damaged or not a safetensors file ({error}); copy or download it again") from None
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def load(folder: str | FilePath) -> Denoiser:

@@ -18,7 +18,9 @@ def timestep_features(t: Tensor, width: int = 256, divisor: int | None = None) -
     """
     half = width // 2
     t = t.to(torch.promote_types(t.dtype, torch.float32))
-    frequencies = torch.exp(-math.log(10000.0) / (divisor or half) * torch.arange(half, device=t.device, dtype=t.dtype))
+    # Multiply, then divide, as both do: at t = 1000 another rounding of a frequency is a visible change of the output.
+    exponents = -math.log(10000.0) * torch.arange(half, device=t.device, dtype=t.dtype) / (divisor or half)
+    frequencies = torch.exp(exponents)
     angles = t[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
