@@ -75,7 +75,9 @@ def gaussian_flow(m: Mixture, x: Tensor, s: Node, t: Node) -> Tensor:
 
 
 def exact_flow(m: Mixture, x: Tensor, s: Node, t: Node) -> Tensor:
-    """The exact ODE map from s to t for any linear path: `dy/drho = eps(y; 1, rho)`, x = alpha*y. Needs alpha > 0."""
+    """The exact ODE map from s to t for any linear path: `dy/drho = eps(y; 1, rho)`, x = alpha*y. Needs alpha
+    > 0.
+    """
     from scipy.integrate import solve_ivp
 
     def slope(rho: float, y: object) -> object:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from analytic import GMM2D, exact_flow, sample, slope, start_points, times_between
 
+from analytic import GMM2D, exact_flow, sample, slope, start_points, times_between
 from pliant.errors import PlanError
 from pliant.paths import get_path, uniform_times
 from pliant.solvers import Eval, Lin, Program, ProgramBuilder, Solver, compile_program, consistency
@@ -118,7 +118,9 @@ class Singlestep2(Solver):
 
 @pytest.mark.parametrize("form", ["sample", "epsilon", "epsilon-rho", "velocity", "angle"])
 def test_third_order_in_every_form(form):
-    """The coefficient builder beyond today's catalogue: 3M lagrange is third order whatever is interpolated."""
+    """The coefficient builder beyond today's catalogue: 3M lagrange is third order whatever is
+    interpolated.
+    """
     # (on grids uniform in log-SNR, where the first-order warm-up costs less than the third-order error)
     assert order_of(Multistep(form=form), path="linear" if form == "velocity" else "vp") == pytest.approx(3.0, abs=0.3)
 
@@ -141,7 +143,13 @@ def test_singlestep_with_an_inner_node():
     assert order_of(Singlestep2()) == pytest.approx(2.0, abs=0.1)
 
 
-GRIDS = {"vp-discrete": (1.0, 0.0), "vp": (1.0, 0.0), "linear": (0.999, 0.0), "gvp": (0.999, 0.0), "cosine": (0.99, 0.0)}
+GRIDS = {
+    "vp-discrete": (1.0, 0.0),
+    "vp": (1.0, 0.0),
+    "linear": (0.999, 0.0),
+    "gvp": (0.999, 0.0),
+    "cosine": (0.99, 0.0),
+}
 CONSISTENT = ["ddim", "dpmpp-2m", {"name": "dpmpp-2m", "fit": "lagrange"}, Multistep(), Multistep(form="epsilon"),
               PredictorCorrector(nodes=2), Singlestep2()]  # fmt: skip
 
@@ -191,7 +199,9 @@ def test_order_conditions(name):
 
 
 def test_stochastic_forms_share_their_marginal():
-    """x0 form: `A^2 sigma_s^2 + N^2 = sigma_t^2`. eps form at tau=1: `a^2 + ...` by DPM-Solver's own formula."""
+    """x0 form: `A^2 sigma_s^2 + N^2 = sigma_t^2`. eps form at tau=1: `a^2 + ...` by DPM-Solver's own
+    formula.
+    """
     path = get_path("vp")
     s, t = (ProgramBuilder(path, [0.5, 0.4], "epsilon").node(v) for v in (0.5, 0.4))
     h = t.log_snr - s.log_snr
@@ -293,7 +303,9 @@ def test_offset_follows_the_path():
 
 
 def test_coefficients_are_float64():
-    program = compile_program(get_path("vp-discrete"), torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), "ddim", "epsilon")
+    program = compile_program(
+        get_path("vp-discrete"), torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), "ddim", "epsilon"
+    )
     s, t = program.start, program.steps[0][-1].node
     lin = program.steps[0][-1]
     assert isinstance(lin, Lin)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from analytic import GMM2D, exact_flow, gaussian, gaussian_flow, sample, slope, start_points, times_between
 
+from analytic import GMM2D, exact_flow, gaussian, gaussian_flow, sample, slope, start_points, times_between
 from pliant.paths import get_path, uniform_times
 from pliant.solvers import SOLVERS, compile_program, get_solver
 

@@ -1,4 +1,6 @@
-"""The representation: JSON, liveness, validation, the interpreter's rules, normal forms, errors for bad input."""
+"""The representation: JSON, liveness, validation, the interpreter's rules, normal forms, errors for bad
+input.
+"""
 
 import dataclasses
 import json
@@ -6,8 +8,8 @@ import time
 
 import pytest
 import torch
-from analytic import GMM2D, gaussian, noise_of, sample, start_points
 
+from analytic import GMM2D, gaussian, noise_of, sample, start_points
 from pliant.errors import FormatError, PlanError, ShapeError
 from pliant.paths import get_path, respaced_times, uniform_times
 from pliant.solvers import (
@@ -127,8 +129,8 @@ def test_x0_estimate_is_the_denoisers():
 @pytest.mark.parametrize("stored", ["sample", "epsilon", "velocity", "v_prediction"])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp-2m"])
 def test_sample_at_sigma_zero_is_the_x0_estimate(solver, stored):
-    for result in run(program := program_for(solver, stored=stored), START, with_variance(program)):
-        pass
+    program = program_for(solver, stored=stored)
+    *_, result = run(program, START, with_variance(program))
     tolerance = 0.0 if stored == "sample" else 1e-12
     torch.testing.assert_close(result.x, result.x0, rtol=tolerance, atol=tolerance)
     assert result.node.sigma == 0.0
@@ -181,8 +183,8 @@ def test_every_noise_slot_is_asked_for_once():
 
 
 def hand_made(*ops, final=1, **options) -> Program:
-    fields = dict(path={}, stored="sample", steps=(ops,), start=NODE, end=NODE, final=final, labels=("hand",))
-    return Program(**{**fields, **options})
+    labels = options.pop("labels", ("hand",))
+    return Program({}, options.pop("stored", "sample"), (ops,), NODE, NODE, final, labels)
 
 
 def test_shared_noise_offset_and_learned_noise_by_hand():
@@ -198,6 +200,7 @@ def test_shared_noise_offset_and_learned_noise_by_hand():
     first = 2 * x - x.sin() + 0.5 * 5 * z + 3 * mu
     f = (u + 1) / 2
     torch.testing.assert_close(result.x, x + first + torch.exp(0.5 * (f * 1.0 + (1 - f) * -2.0)) * 5 * z)
+    torch.testing.assert_close(result.x0, x.sin())  # this network returns the sample itself
     with pytest.raises(PlanError, match="offset"):
         run(program, x, lambda s, ev: Output(s, u), lambda slot: z)
     form = program.normal_form()
@@ -245,7 +248,8 @@ def test_a_step_may_reuse_an_old_output():
 
 def test_normal_form_predicts_the_sample():
     """Rows times (start, outputs, noises) equal every state the interpreter produced."""
-    program = program_for(["heun", "dpmpp-2m", {"name": "ddim", "eta": 0.7}, "dpmpp-2m", "euler", "sit-sde", "midpoint", "ddim"])
+    mixed = ["heun", "dpmpp-2m", {"name": "ddim", "eta": 0.7}, "dpmpp-2m", "euler", "sit-sde", "midpoint", "ddim"]
+    program = program_for(mixed)
     outputs, noise = [], noise_of(START.shape)
     exact = GMM2D.evaluate(program)
 
@@ -340,3 +344,12 @@ def test_evaluations_carry_their_step():
     assert [e.step for e in program.evaluations] == [0, 0, 1, 1, 2]
     assert dataclasses.asdict(program.evaluations[0])["step"] == 0
     assert float(sample(program_for("ddim"), gaussian(1.0), torch.ones(1, 1)).abs()) < 3
+
+
+def test_x0_estimate_on_a_path_with_an_offset():
+    """x = alpha x0 + sigma eps + beta mu: the estimate subtracts the offset."""
+    node = dataclasses.replace(NODE, beta=0.25)
+    program = hand_made(Eval(0, 0, node, 0), Lin(1, node, x=((0, 1.0),)), stored="epsilon")
+    x0, eps, mu = (start_points(seed=k) for k in range(3))
+    (result,) = run(program, 0.5 * x0 + 0.5 * eps + 0.25 * mu, lambda x, ev: Output(eps), mu=mu)
+    torch.testing.assert_close(result.x0, x0)
