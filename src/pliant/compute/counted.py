@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,20 +18,27 @@ def counted_flops(fn: Callable[[], Any]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False, custom_mapping=_cpu_attention()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_cpu_operators()) as counter:
         fn()
     return int(counter.get_total_flops())
 
 
-def _cpu_attention() -> dict[Any, Any]:
-    """Formulas for the fused CPU attention, which torch's counter (2.13) does not know and counts as zero."""
+def _cpu_operators() -> dict[Any, Any]:
+    """Formulas for fused CPU operators, which torch's counter (2.13) does not know and counts as zero."""
     aten = torch.ops.aten
     formulas: dict[Any, Any] = {}
     if hasattr(aten, "_scaled_dot_product_flash_attention_for_cpu"):
         formulas[aten._scaled_dot_product_flash_attention_for_cpu] = _attention_flops
     if hasattr(aten, "_scaled_dot_product_flash_attention_for_cpu_backward"):
         formulas[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _attention_backward_flops
+    with contextlib.suppress(AttributeError, RuntimeError):  # builds without oneDNN
+        formulas[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     return formulas
+
+
+def _linear_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """A linear with its bias and activation fused: (..., in) by (out, in)."""
+    return 2 * math.prod(x) * int(weight[0])
 
 
 def _attention_flops(

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pliant.models import kernels
+
 
 def timestep_features(t: Tensor, width: int = 256, divisor: int | None = None) -> Tensor:
     """(B,) network times -> (B, width) `[cos(t f_k), sin(t f_k)]`, `f_k = 10000^(-k/divisor)`, fp32 or wider.
@@ -65,8 +67,15 @@ Delta: TypeAlias = Callable[[Tensor], Tensor]
 
 def linear(x: Tensor, layer: nn.Linear, lora: Delta | None) -> Tensor:
     """`layer(x)`, plus the low-rank delta if there is one."""
-    y: Tensor = layer(x)
+    y = kernels.linear(x, layer.weight, layer.bias)
     return y if lora is None else y + lora(x)
+
+
+def linear_gelu(x: Tensor, layer: nn.Linear, lora: Delta | None) -> Tensor:
+    """tanh-GELU of `linear(x, layer, lora)`."""
+    if lora is None:
+        return kernels.linear_gelu(x, layer.weight, layer.bias)
+    return F.gelu(linear(x, layer, lora), approximate="tanh")
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -113,7 +122,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
         h = self.attention(modulated_norm(x, shift1, scale1, 1e-6), get, mask)
         x = torch.addcmul(x, per_token(gate1), h)
-        h = F.gelu(linear(modulated_norm(x, shift2, scale2, self.norm2_eps), self.fc1, get("fc1")), approximate="tanh")
+        h = linear_gelu(modulated_norm(x, shift2, scale2, self.norm2_eps), self.fc1, get("fc1"))
         return torch.addcmul(x, per_token(gate2), linear(h, self.fc2, get("fc2")))
 
     def attention(self, x: Tensor, get, mask: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
