@@ -1,0 +1,67 @@
+"""Small training runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant import Denoiser, DiTConfig
+from pliant.paths import NetworkTime, PredictionType, get_path
+from pliant.training import TrainConfig, parse_config
+
+TINY_DIT: dict[str, Any] = {
+    "input_size": [8, 8],
+    "patch_size": [4, 4],
+    "in_channels": 1,
+    "width": 16,
+    "depth": 1,
+    "heads": 2,
+    "num_classes": 10,
+}
+
+
+def tiny_config(output: Path, **changes: Any) -> TrainConfig:
+    """Six steps on digits; `changes` replace top-level sections."""
+    tree: dict[str, Any] = {
+        "model": {"dit": TINY_DIT},
+        "data": {"source": "digits", "limit": 20, "flip": True},
+        "optimizer": {"lr": 1e-3, "weight_decay": 0.01},
+        "steps": 6,
+        "batch_size": 8,
+        "seed": 3,
+        "log_every": 1,
+        "checkpoint": {"every": 2, "keep": 2},
+        "output": str(output),
+    }
+    return parse_config({**tree, **changes})
+
+
+class Formula(nn.Module):
+    """A network that is a function of (x, network time, labels), with the interface that a denoiser needs."""
+
+    def __init__(self, function: Any, config: DiTConfig) -> None:
+        super().__init__()
+        self.function, self.config = function, config
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.function(x, t, y)
+        return out
+
+
+def formula_denoiser(
+    function: Any, path: str = "linear", prediction: PredictionType = "velocity", learn_sigma: bool = False
+) -> Denoiser:
+    """A denoiser of 1x8x8 samples in 10 classes whose network receives house time."""
+    config = DiTConfig(
+        input_size=(8, 8), patch_size=(4, 4), in_channels=1, width=16, heads=2, num_classes=10, learn_sigma=learn_sigma
+    )
+    network: Any = Formula(function, config)
+    return Denoiser(network, get_path(path), prediction, NetworkTime())
+
+
+def equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of named tensors are bit-equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
