@@ -233,10 +233,9 @@ def test_programs_that_cannot_run_are_refused():
 
 def test_a_step_may_reuse_an_old_output():
     """No Eval in a step: whole-network caching is just a Lin."""
-    cached = Program(
-        {}, "sample", ((Eval(0, 0, NODE, 0), Lin(1, NODE, m=((0, 1.0),))), (Lin(2, NODE, x=((1, 1.0),), m=((0, 0.5),)),)),
-        NODE, NODE, 2, ("a", "b"),
-    )  # fmt: skip
+    first = (Eval(0, 0, NODE, 0), Lin(1, NODE, m=((0, 1.0),)))
+    second = (Lin(2, NODE, x=((1, 1.0),), m=((0, 0.5),)),)
+    cached = Program({}, "sample", (first, second), NODE, NODE, 2, ("a", "b"))
     results = list(run(cached, START, lambda x, ev: Output(x * 2)))
     torch.testing.assert_close(results[1].x, START * 3)
     assert torch.equal(results[1].x0, START * 2)

@@ -58,9 +58,7 @@ class ProgramBuilder:
     `increasing` (inversion).
     """
 
-    def __init__(
-        self, path: Path, times: Sequence[float], stored: PredictionType, variance: bool = False
-    ) -> None:
+    def __init__(self, path: Path, times: Sequence[float], stored: PredictionType, variance: bool = False) -> None:
         self.path = path
         self.stored = prediction_type(stored)
         self.variance = variance
@@ -224,9 +222,7 @@ class ProgramBuilder:
         p, q = self._conversions[kind]
         return p[place], q[place]
 
-    def _conversion_rows(
-        self, nodes: Sequence[Node], kind: PredictionType
-    ) -> tuple[list[float], list[float]]:
+    def _conversion_rows(self, nodes: Sequence[Node], kind: PredictionType) -> tuple[list[float], list[float]]:
         rows = torch.tensor([[n.alpha, n.sigma, n.dalpha, n.dsigma] for n in nodes], dtype=torch.float64)
         p, q = conversion(self.stored, kind, AlphaSigma(*rows.unbind(1)))
         return p.tolist(), q.tolist()

@@ -53,9 +53,7 @@ class Form:
 def _data_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     """x0 form: `x_t = (sigma_t/sigma_s) e^-depth x_s + alpha_t int c e^(-c(h-u)) x0 du`, c*h = h + depth."""
     if s.sigma == 0.0:
-        raise PlanError(
-            f"the sample form cannot leave t={s.t:g}, where sigma is 0; use the epsilon or velocity form"
-        )
+        raise PlanError(f"the sample form cannot leave t={s.t:g}, where sigma is 0; use the epsilon or velocity form")
     a = t.sigma / s.sigma * math.exp(-depth)
     noise = t.sigma * math.sqrt(max(-math.expm1(-2.0 * depth), 0.0))
     if not math.isfinite(h):
@@ -67,9 +65,7 @@ def _data_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
 def _noise_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     """eps form: `x_t = (alpha_t/alpha_s) x_s - (1+tau^2) sigma_t int e^(h-u) eps du`, tau^2 = depth/h."""
     if s.alpha == 0.0:
-        raise PlanError(
-            f"the epsilon form cannot leave t={s.t:g}, where alpha is 0; use the sample or velocity form"
-        )
+        raise PlanError(f"the epsilon form cannot leave t={s.t:g}, where alpha is 0; use the sample or velocity form")
     a = t.alpha / s.alpha
     if not math.isfinite(h):
         if depth != 0.0:
@@ -90,9 +86,7 @@ def _ratio_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     """dy/drho = eps for y = x/alpha, rho = sigma/alpha: exact for every linear path."""
     _refuse_noise(depth)
     if s.alpha == 0.0 or t.alpha == 0.0:
-        raise PlanError(
-            "the epsilon-rho form does not exist where alpha is 0; use the sample or velocity form"
-        )
+        raise PlanError("the epsilon-rho form does not exist where alpha is 0; use the sample or velocity form")
     return Transfer(t.alpha / s.alpha, t.alpha, 0.0, h, 0.0, t.alpha * h)
 
 
@@ -100,9 +94,7 @@ def _angle_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     """dx/dtheta = v holds only on variance-preserving paths."""
     for node in (s, t):
         if abs(node.alpha**2 + node.sigma**2 - 1.0) > 1e-9:
-            raise PlanError(
-                "the angle form needs alpha^2 + sigma^2 = 1; use the velocity or sample form on this path"
-            )
+            raise PlanError("the angle form needs alpha^2 + sigma^2 = 1; use the velocity or sample form on this path")
     return _plain_step(s, t, h, depth)
 
 
@@ -182,8 +174,6 @@ def step_weights(
     if rule in FITS.values() and len(nodes) == 1:
         return step, [step.total]  # order 1, in the form that survives infinite h
     if not math.isfinite(h):
-        raise PlanError(
-            f"the step from t={s.t:g} to t={t.t:g} is infinite in log-SNR: only a first-order step exists"
-        )
+        raise PlanError(f"the step from t={s.t:g} to t={t.t:g} is infinite in log-SNR: only a first-order step exists")
     weights = rule(moments(h, step.decay, len(nodes)), h, [form.variable(n) - base for n in nodes])
     return step, [step.b * w for w in weights]

@@ -74,7 +74,5 @@ def check_times(times: Tensor | Sequence[float]) -> list[float]:
         if a == b:
             raise PlanError(f"times {k} and {k + 1} are both {a:g}; every step must move")
         if (b < a) != decreasing:
-            raise PlanError(
-                f"times must run in one direction, but time {k + 1} ({b:g}) turns back after {a:g}"
-            )
+            raise PlanError(f"times must run in one direction, but time {k + 1} ({b:g}) turns back after {a:g}")
     return grid

@@ -12,9 +12,7 @@ from pliant.solvers.fits import Fit, get_fit
 from pliant.solvers.solver import Solver
 
 
-def emit_multistep(
-    b: ProgramBuilder, i: int, order: int, form: str, fit: str | Fit, depth: float = 0.0
-) -> None:
+def emit_multistep(b: ProgramBuilder, i: int, order: int, form: str, fit: str | Fit, depth: float = 0.0) -> None:
     """Evaluate at node i, then extrapolate through the newest `order` outputs to node i+1.
 
     The order drops by itself while there is too little history and where the step is infinite in log-SNR.
@@ -22,9 +20,7 @@ def emit_multistep(
     s, t = b.nodes[i], b.nodes[i + 1]
     b.remember(b.evaluate(s))
     if s.sigma == 0.0 and form == "sample":
-        form = (
-            "epsilon"  # leaving data (inversion): the same first-order map, in the form that is finite there
-        )
+        form = "epsilon"  # leaving data (inversion): the same first-order map, in the form that is finite there
     outputs = b.usable(form, s, t, order)
     b.advance(b.transfer(form, t, outputs, base=(b.state, s), fit=fit, depth=depth))
 

@@ -74,9 +74,7 @@ def _half_step(scale: float, moment: Sequence[float], h: float, offsets: Sequenc
     if len(offsets) != 2:
         return lagrange(moment, h, offsets)
     if offsets[0] != 0.0:
-        raise PlanError(
-            "the two-node rules 'midpoint' and 'bh1' need the base node's output first; use 'lagrange'"
-        )
+        raise PlanError("the two-node rules 'midpoint' and 'bh1' need the base node's output first; use 'lagrange'")
     other = scale * h / (2.0 * offsets[1])
     return [moment[0] - other, other]
 
@@ -97,9 +95,7 @@ def pseudo(weights: Sequence[float]) -> Fit:
 
     def fit(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
         if len(weights) != len(offsets):
-            raise PlanError(
-                f"{len(weights)} weights for {len(offsets)} outputs; give one per output, newest first"
-            )
+            raise PlanError(f"{len(weights)} weights for {len(offsets)} outputs; give one per output, newest first")
         return [moment[0] * w for w in weights]
 
     return fit

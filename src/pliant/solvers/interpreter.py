@@ -57,9 +57,7 @@ class StepResult:
         Raises PlanError before the first call, or where the prediction does not determine it (alpha = 0).
         """
         if self._estimate is None:
-            raise PlanError(
-                f"step {self.index} comes before the first network call, so there is no x0 estimate"
-            )
+            raise PlanError(f"step {self.index} comes before the first network call, so there is no x0 estimate")
         return self._estimate.x0()
 
 
@@ -82,9 +80,7 @@ class _Estimate:
 
 def sample_coefficients(stored: PredictionType, node: Node) -> tuple[float, float]:
     """(p, q) with `x0 = p*x + q*output` at this node. Raises PlanError where they do not exist."""
-    values = (
-        torch.tensor(v, dtype=torch.float64) for v in (node.alpha, node.sigma, node.dalpha, node.dsigma)
-    )
+    values = (torch.tensor(v, dtype=torch.float64) for v in (node.alpha, node.sigma, node.dalpha, node.dsigma))
     p, q = conversion(stored, "sample", AlphaSigma(*values))
     if not bool(torch.isfinite(p) & torch.isfinite(q)):
         raise PlanError(f"a {stored} prediction at t={node.t:g} (alpha={node.alpha:g}) does not determine x0")
@@ -120,9 +116,7 @@ def run(
     if not x.is_floating_point():
         raise ShapeError(f"the start state must be a floating-point tensor, got {x.dtype}")
     if program.noise_slots and noise is None:
-        raise PlanError(
-            f"this program draws noise in {len(program.noise_slots)} places; pass noise(slot) -> Tensor"
-        )
+        raise PlanError(f"this program draws noise in {len(program.noise_slots)} places; pass noise(slot) -> Tensor")
     if program.needs_offset and mu is None:
         raise PlanError("this program is for a path with an offset; pass mu, a tensor of x's shape")
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -144,9 +138,7 @@ def _run(
                 registers["m", op.out] = value
                 if op.out in program.variance_outputs:
                     if output.variance is None:
-                        raise PlanError(
-                            f"step {op.step} uses a learned variance, but the network returned none"
-                        )
+                        raise PlanError(f"step {op.step} uses a learned variance, but the network returned none")
                     registers["u", op.out] = _checked(output.variance, state, "the network's variance")
                 estimate = _Estimate(op.node, program.stored, state, value, mu)
             else:
@@ -168,9 +160,7 @@ def _lin(op: Lin, registers: dict[Register, Tensor], like: Tensor, mu: Tensor | 
         terms.append((op.mu, mu))
     total = combine(terms, like)
     if op.learned is not None:
-        total.addcmul_(
-            _learned_scale(op.learned, registers["u", op.learned.output]), registers["z", op.learned.slot]
-        )
+        total.addcmul_(_learned_scale(op.learned, registers["u", op.learned.output]), registers["z", op.learned.slot])
     return total
 
 
@@ -186,7 +176,5 @@ def _learned_scale(learned: LearnedNoise, code: Tensor) -> Tensor:
 def _checked(value: Tensor, like: Tensor, what: str) -> Tensor:
     """`value` in the dtype of the state, or ShapeError: a silent broadcast would be a wrong sample."""
     if value.shape != like.shape:
-        raise ShapeError(
-            f"{what} has shape {tuple(value.shape)}, expected that of the state, {tuple(like.shape)}"
-        )
+        raise ShapeError(f"{what} has shape {tuple(value.shape)}, expected that of the state, {tuple(like.shape)}")
     return value.to(like.dtype)

@@ -120,9 +120,7 @@ def consistency(program: Program) -> list[Residual]:
 
 def _output_row(program: Program, node: Node) -> tuple[float, float]:
     """The stored output as (coefficient of x0, coefficient of eps)."""
-    s = AlphaSigma(
-        *(torch.tensor(v, dtype=torch.float64) for v in (node.alpha, node.sigma, node.dalpha, node.dsigma))
-    )
+    s = AlphaSigma(*(torch.tensor(v, dtype=torch.float64) for v in (node.alpha, node.sigma, node.dalpha, node.dsigma)))
     # value = p*x + q*P for a kind P that is known exactly: take x0 where noise is small, eps where data is
     # small.
     if node.alpha >= node.sigma:

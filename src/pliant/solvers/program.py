@@ -141,9 +141,7 @@ class Program:
     def noise_slots(self) -> tuple[int, ...]:
         """Every noise slot that is read, ascending."""
         return tuple(
-            sorted(
-                {i for op in self.instructions() if isinstance(op, Lin) for k, i in op.reads() if k == "z"}
-            )
+            sorted({i for op in self.instructions() if isinstance(op, Lin) for k, i in op.reads() if k == "z"})
         )
 
     @cached_property
@@ -154,9 +152,7 @@ class Program:
     @cached_property
     def variance_outputs(self) -> frozenset[int]:
         """Outputs whose variance code is read: `evaluate` must return it for these."""
-        return frozenset(
-            op.learned.output for op in self.instructions() if isinstance(op, Lin) and op.learned
-        )
+        return frozenset(op.learned.output for op in self.instructions() if isinstance(op, Lin) and op.learned)
 
     @cached_property
     def _last_uses(self) -> tuple[tuple[Register, ...], ...]:
@@ -206,9 +202,7 @@ class Program:
 def _validate(program: Program) -> None:
     """Raise PlanError unless the program can run from top to bottom."""
     if len(program.labels) != len(program.steps):
-        raise PlanError(
-            f"program has {len(program.steps)} steps but {len(program.labels)} labels; give one per step"
-        )
+        raise PlanError(f"program has {len(program.steps)} steps but {len(program.labels)} labels; give one per step")
     states, outputs = {0}, 0
     for number, step in enumerate(program.steps):
         if not any(isinstance(op, Lin) for op in step):
@@ -235,13 +229,9 @@ def _validate_lin(op: Lin, number: int, states: set[int], outputs: int) -> None:
     for kind, index in op.reads():
         known = index in states if kind == "x" else 0 <= index < outputs if kind in ("m", "u") else index >= 0
         if not known:
-            raise PlanError(
-                f"step {number} reads {kind}{index} for state {op.out}, which nothing has written"
-            )
+            raise PlanError(f"step {number} reads {kind}{index} for state {op.out}, which nothing has written")
     numbers = [c for terms in (op.x, op.m, op.z) for _, c in terms] + [op.mu]
     if op.learned is not None:
         numbers += [op.learned.log_low, op.learned.log_high]
     if not all(map(math.isfinite, numbers)):
-        raise PlanError(
-            f"step {number} has a coefficient that is not finite for state {op.out} at t={op.node.t:g}"
-        )
+        raise PlanError(f"step {number} has a coefficient that is not finite for state {op.out} at t={op.node.t:g}")

@@ -13,9 +13,7 @@ from pliant.solvers.runge_kutta import Euler, Heun, Midpoint
 from pliant.solvers.sde import SiTSDE
 from pliant.solvers.solver import Solver
 
-SOLVERS: dict[str, type[Solver]] = {
-    cls.name: cls for cls in (DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Midpoint, SiTSDE)
-}
+SOLVERS: dict[str, type[Solver]] = {cls.name: cls for cls in (DDIM, DDPM, DPMSolverPP2M, Euler, Heun, Midpoint, SiTSDE)}
 
 SolverLike: TypeAlias = str | Mapping[str, Any] | Solver
 

@@ -47,9 +47,7 @@ def _stage(
     # Rows are relative to the whole step h, `pseudo` to the stage's own t - s; the two differ for inner
     # stages.
     share = h / (t.t - s.t)
-    return b.transfer(
-        "velocity", t, [k for _, k in used], base=(start, s), fit=pseudo([r * share for r, _ in used])
-    )
+    return b.transfer("velocity", t, [k for _, k in used], base=(start, s), fit=pseudo([r * share for r, _ in used]))
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,7 @@ from pliant.solvers.solver import Solver
 def _sbdm(n: Node, norm: float) -> float:
     """Half of the SDE's own beta: `-(alpha'/alpha) sigma^2 + sigma sigma'` (house derivatives)."""
     if n.alpha == 0.0:
-        raise PlanError(
-            f"the 'sbdm' diffusion is infinite at t={n.t:g}, where alpha is 0; start at t = 0.999"
-        )
+        raise PlanError(f"the 'sbdm' diffusion is infinite at t={n.t:g}, where alpha is 0; start at t = 0.999")
     return norm * (n.sigma * n.dsigma - n.dalpha / n.alpha * n.sigma**2)
 
 

@@ -59,9 +59,7 @@ def _fields(data: Any, what: str, *names: str) -> dict[str, Any]:
     unknown, missing = sorted(set(data) - set(names)), sorted(set(names) - set(data))
     if unknown or missing:
         parts = [f"unknown {unknown}" if unknown else "", f"missing {missing}" if missing else ""]
-        raise FormatError(
-            f"{what} has the wrong keys: {', '.join(filter(None, parts))}; expected {', '.join(names)}"
-        )
+        raise FormatError(f"{what} has the wrong keys: {', '.join(filter(None, parts))}; expected {', '.join(names)}")
     return dict(data)
 
 
