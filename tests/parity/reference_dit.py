@@ -158,7 +158,9 @@ def sit(state: dict[str, Tensor], sizes: Sizes, x: Tensor, t: Tensor, y: Tensor)
     return dit(state, sizes, x, t, y)[:, : sizes.in_channels]
 
 
-def with_guidance(forward: Any, state: dict[str, Tensor], sizes: Sizes, x: Tensor, t: Tensor, y: Tensor, s: float) -> Tensor:
+def with_guidance(
+    forward: Any, state: dict[str, Tensor], sizes: Sizes, x: Tensor, t: Tensor, y: Tensor, s: float
+) -> Tensor:
     """forward_with_cfg: the first half of x for both halves; y = labels, then null; three channels guided."""
     half = len(x) // 2
     out = forward(state, sizes, torch.cat([x[:half], x[:half]]), t, y)

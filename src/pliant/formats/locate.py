@@ -30,7 +30,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if isinstance(source, str) and source in bundled_models():
         return ASSETS / source
     path = Path(source).expanduser()
-    if path.exists():
+    if text and path.exists():
         return path
     if isinstance(source, str) and HUB_ID.fullmatch(text) and path.suffix not in WEIGHT_ENDINGS:
         return download(text, revision)

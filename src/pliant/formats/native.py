@@ -21,6 +21,7 @@ from pliant.adapters.spec import FlexSpec
 from pliant.denoiser import Denoiser, Network
 from pliant.errors import FormatError, PliantError
 from pliant.files import replaced_folder, write_json
+from pliant.formats.source import dit_of, meta_dit, owned
 from pliant.models.dit import DiT, DiTConfig
 from pliant.paths import NetworkTime, Path, PredictionType, path_from_config, prediction_type
 
@@ -140,17 +141,28 @@ def count_parameters(file: FilePath) -> int:
 def load(folder: str | FilePath) -> Denoiser:
     """Read a model folder; weights come back in fp32 and the network in eval mode."""
     folder = FilePath(folder)
-    denoiser = build(read_config(folder), folder / CONFIG_FILE)
-    if not (folder / MODEL_FILE).exists() and (folder / ADAPTER_FILE).exists():
+    file, config = folder / MODEL_FILE, read_config(folder)
+    meaning = parse(config, folder / CONFIG_FILE)
+    if not file.exists() and (folder / ADAPTER_FILE).exists():
         raise FormatError(f"{folder} holds only an adapter; load its base model first, then pliant.load_adapter")
-    assign(denoiser.network, read_tensors(folder / MODEL_FILE), folder / MODEL_FILE)
+    tensors = read_tensors(file)
+    if meaning.flex is None:
+        _check_fit(meta_dit(meaning.dit).state_dict(), tensors, file)
+        network: Network = dit_of(meaning.dit, {name: owned(tensor) for name, tensor in tensors.items()})
+        return Denoiser(network, meaning.path, meaning.prediction, meaning.network_time, meaning.metadata)
+    denoiser = build(config, folder / CONFIG_FILE)
+    assign(denoiser.network, tensors, file)
     denoiser.network.eval()
     return denoiser
 
 
 def assign(network: Network, tensors: dict[str, Tensor], where: object) -> None:
     """Copy tensors into a network. Raises FormatError naming the first tensor that is missing, odd or mis-shaped."""
-    expected = network.state_dict()
+    _check_fit(network.state_dict(), tensors, where)
+    network.load_state_dict(tensors)
+
+
+def _check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: object) -> None:
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra:
         found = f"has the unknown tensor {extra[0]!r} and {len(extra) - 1} more" if extra else "has no unknown tensors"
@@ -162,7 +174,6 @@ def assign(network: Network, tensors: dict[str, Tensor], where: object) -> None:
                 f"{where}: tensor {name!r} has shape {tuple(tensor.shape)}, "
                 f"the config says {tuple(expected[name].shape)}"
             )
-    network.load_state_dict(tensors)
 
 
 def load_adapter(denoiser: Denoiser, folder: str | FilePath) -> Denoiser:

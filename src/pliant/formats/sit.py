@@ -37,7 +37,7 @@ def named_sit(file: FilePath) -> bool:
 
 
 def find(state: StateFile, options: dict[str, Any]) -> Source:
-    """Read as SiT: what the file says of path and prediction, else linear velocity; `path`, `prediction` replace both."""
+    """Read as SiT: what the file says of path and prediction, else linear velocity; `path`, `prediction` win."""
     check_options(options, OPTIONS, "sit")
     config = read_config(state, options)
     stored = PATHS.get(str(state.facts.get("path_type"))) or stated_path(state)

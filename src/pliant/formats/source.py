@@ -85,6 +85,14 @@ def meta_dit(config: DiTConfig) -> DiT:
         return DiT(config)
 
 
+def dit_of(config: DiTConfig, state: dict[str, Tensor]) -> DiT:
+    """A network in eval mode that takes over these tensors: no random initialisation, no second copy."""
+    network = meta_dit(config)
+    network.load_state_dict(state, assign=True)
+    network.positions = patch_positions(config.grid(), config.patch_size, config.patch_size, config.width)
+    return network.eval()
+
+
 def plain_source(
     *,
     format: str,
@@ -100,10 +108,8 @@ def plain_source(
     """A source that holds one plain DiT. `tensors` gives its weights under Pliant's names, fp32 and owned."""
 
     def load() -> Denoiser:
-        network = meta_dit(config)
-        network.load_state_dict(tensors(), assign=True)  # no random initialisation, no second copy
-        network.positions = patch_positions(config.grid(), config.patch_size, config.patch_size, config.width)
-        return Denoiser(network.eval(), path, prediction, network_time, {**metadata, "format": format})
+        network = dit_of(config, tensors())
+        return Denoiser(network, path, prediction, network_time, {**metadata, "format": format})
 
     network = meta_dit(config)
     identity = Denoiser(network, path, prediction, network_time).identity()

@@ -92,7 +92,7 @@ def _check_archive(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # zipfile raises half a dozen kinds for damaged archives
         raise FormatError(f"{file} is truncated or damaged; copy or download it again") from None
     if any(name.endswith("constants.pkl") for name in names):
         raise FormatError(f"{file} is a TorchScript program, not a state dict; save model.state_dict() instead")
@@ -148,7 +148,7 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names without the prefixes of DistributedDataParallel and torch.compile."""
     for prefix in ("_orig_mod.", "module."):
         if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+            return _unwrapped({name.removeprefix(prefix): value for name, value in tensors.items()})
     return tensors
 
 
