@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import equal_states
 
 from pliant.errors import FormatError
 from pliant.training import checkpoint
 from pliant.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 from pliant.training.fingerprint import changed_settings, frozen_hash
+from support.training import equal_states
 
 
 def state(step: int) -> TrainingState:

@@ -122,6 +122,18 @@ def test_damaged_images_are_skipped_counted_and_named(tmp_path: Path, caplog: py
         assert name in record.getMessage()
 
 
+def test_large_sets_are_decoded_on_the_fly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "d.parquet", [png((i, i, i)) for i in range(5)], [0, 1, 2, 3, 4])
+    memory = open_images(str(tmp_path / "d.parquet"), 3, SIZE, limit=4)
+    monkeypatch.setattr("pliant.training.data.images.MEMORY_LIMIT", 4 * 3 * 8 * 8 - 1)
+    lazy = open_images(str(tmp_path / "d.parquet"), 3, SIZE, limit=4)
+    assert isinstance(memory, ImageSet)
+    assert isinstance(lazy, LazyImageSet)
+    assert len(lazy) == 4
+    args = torch.tensor([3, 0, 2]), torch.tensor([True, False, False]), Draws.single(3)
+    assert torch.equal(memory.samples(*args), lazy.samples(*args))
+
+
 def test_lazy_set_replaces_damaged_images_by_the_same_class(tmp_path: Path) -> None:
     cells = [png((0, 0, 0)), b"damaged", png((255, 255, 255)), png((0, 0, 0))]
     write_parquet(tmp_path / "d.parquet", cells, [0, 0, 1, 0])

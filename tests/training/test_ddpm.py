@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
-from support.training import formula_denoiser
 from torch import Tensor
 
 from pliant.errors import ConfigError
@@ -15,6 +14,7 @@ from pliant.paths import VPDiscrete
 from pliant.training.draws import Draws
 from pliant.training.objectives import DDPM, Batch
 from pliant.training.objectives.ddpm import posterior_table, variational_bound
+from support.training import formula_denoiser
 
 BETAS = np.linspace(1e-4, 2e-2, 1000)
 ALPHA_BAR = np.cumprod(1 - BETAS)

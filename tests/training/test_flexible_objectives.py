@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from support.networks import randomize, tiny_denoiser
 
 from pliant import Denoiser, flexify
 from pliant.compute import Compute
 from pliant.errors import ConfigError
 from pliant.training.draws import Draws
 from pliant.training.objectives import Batch, FlowMatching, MMDBootstrap, PatchDistillation, SharedPatches, mmd_squared
+from support.networks import randomize, tiny_denoiser
 
 
 def flexible(recipe: str, path: str = "linear", **options: object) -> Denoiser:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from support.training import formula_denoiser
 
 from pliant.errors import ConfigError
 from pliant.paths import get_time_density
 from pliant.training.draws import Draws
 from pliant.training.objectives import Batch, FlowMatching, drop_labels
+from support.training import formula_denoiser
 
 
 def constant_batch(n: int, value: float = 0.5) -> Batch:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import TINY_DIT, equal_states, tiny_config
 
 from pliant import PliantError
 from pliant.formats import native
 from pliant.training import setup
 from pliant.training.data import digits
 from pliant.training.objectives import DDPM, FlowMatching, MMDBootstrap, PatchDistillation, SharedPatches
+from support.training import TINY_DIT, equal_states, tiny_config
 
 
 def test_new_weights_depend_on_the_seed_only(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.training import TINY_DIT, equal_states, tiny_config
 
 from pliant import Denoiser, PliantError
 from pliant.formats import load, load_adapter
@@ -22,6 +21,7 @@ from pliant.training.checkpoint import load_checkpoint
 from pliant.training.config import TrainConfig
 from pliant.training.data import ImageSet
 from pliant.training.objectives import FlowMatching
+from support.training import TINY_DIT, equal_states, tiny_config
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -224,6 +224,15 @@ def test_grids(tmp_path: Path) -> None:
     train(tiny_config(tmp_path, steps=1, sampling=sampling), quiet=True)
     with Image.open(tmp_path / "samples" / "step-000001.png") as image:
         assert image.size == (10 * 64, 2 * 64)
+
+
+def test_a_failing_sampler_does_not_stop_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def sampler(denoiser: Denoiser, step: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with caplog.at_level(logging.WARNING, "pliant.training"):
+        train(tiny_config(tmp_path, steps=1, sampling={"every": 1}), sampler=sampler, quiet=True)
+    assert "No space left" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Training: objectives, data, and one trainer on accelerate.
 
 from pliant.training import load_config, train
-result = train(load_config("configs/digits-flow.yaml", ["steps=500"]))
+result = train(load_config("configs/digits.yaml", ["steps=500"]))
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -28,6 +29,11 @@ from pliant.files import replaced_folder
 logger = logging.getLogger("pliant.training")
 
 FORMAT = 1
+# What readers of JSON, safetensors and pickle raise on damaged files.
+_DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
@@ -85,16 +91,7 @@ def load_checkpoint(path: Path) -> TrainingState:
         )
     except FormatError:
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        EOFError,
-        SafetensorError,
-    ) as error:
+    except _DAMAGE as error:
         raise FormatError(f"{path} is not a complete checkpoint: {(str(error).splitlines() or ['?'])[0]}") from None
 
 

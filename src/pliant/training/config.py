@@ -1,6 +1,6 @@
 """The typed configuration tree of a training run, loaded from YAML; unknown keys are refused.
 
-config = load_config("configs/digits-flow.yaml", ["steps=200", "optimizer.lr=3e-4"])
+config = load_config("configs/digits.yaml", ["steps=200", "optimizer.lr=3e-4"])
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pliant import imaging
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser
-from pliant.errors import ConfigError
+from pliant.files import replaced_file
 from pliant.plans import sample, uniform
 from pliant.training.config import SamplingConfig
 
@@ -38,20 +39,10 @@ def grid_sampler(
 def save_grid(images: Tensor, file: Path, columns: int) -> None:
     """Write (B, 1 or 3, H, W) images in [-1, 1] as one PNG, `columns` per row; small ones are enlarged.
 
-    Values beyond the range are clamped, NaN becomes black. Raises ConfigError for other channel counts.
+    NaN, which an early average can produce, becomes black. Raises DataError for other channel counts, OSError.
     """
-    from PIL import Image
-
-    if images.shape[1] not in (1, 3):
-        raise ConfigError(f"a grid shows 1 or 3 channels, got {images.shape[1]}; pass decode= for latents")
-    count, channels, height, width = images.shape
-    columns = min(columns, count)
-    zoom = max(1, 64 // max(height, width))
-    pixels = ((torch.nan_to_num(images.float().cpu(), nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = torch.cat([pixels, pixels.new_zeros(-count % columns, channels, height, width)])
-    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    rows = pixels.shape[0] // columns
-    sheet = pixels.view(rows, columns, channels, height * zoom, width * zoom).permute(0, 3, 1, 4, 2)
-    array = sheet.reshape(rows * height * zoom, columns * width * zoom, channels).numpy()
+    pixels = imaging.to_pixels(torch.nan_to_num(images, nan=-1.0))
+    sheet = imaging.grid(pixels, min(columns, len(pixels)))
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array[:, :, 0] if channels == 1 else array).save(file)
+    with replaced_file(file) as temporary:
+        temporary.write_bytes(imaging.encode_png(imaging.enlarged(sheet, imaging.zoom_for(*pixels.shape[2:]))))

@@ -44,7 +44,7 @@ def build_denoiser(config: TrainConfig) -> Denoiser:
     """The denoiser to train, float32 on the CPU. New weights are a function of the seed alone."""
     denoiser = _loaded(config.model.from_) if config.model.from_ is not None else _new(config)
     if config.model.flexify is not None:
-        from pliant.flexify import flexify
+        from pliant.adapters.flexify import flexify
 
         flex = config.model.flexify
         patches = [patch if isinstance(patch, int) else (patch[0], patch[-1]) for patch in flex.patch_sizes]

@@ -241,7 +241,10 @@ class Trainer:
             network = self.denoiser.network
             with self.state.ema.applied(), torch.no_grad():
                 network.eval()
-                self.sampler(self.denoiser, done)
+                try:
+                    self.sampler(self.denoiser, done)
+                except (OSError, PliantError) as error:  # a missing picture is no reason to stop
+                    logger.warning("no samples at step %d: %s; training goes on", done, error)
                 network.train()
         self.accelerator.wait_for_everyone()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -117,9 +116,9 @@ def _decode(source: Source, index: int, channels: int, size: tuple[int, int]) ->
         return None
 
 
-def decode_all(source: Source, channels: int, size: tuple[int, int], indices: Iterable[int]) -> ImageSet:
+def decode_all(source: Source, channels: int, size: tuple[int, int]) -> ImageSet:
     """Decode into memory; damaged images are left out, counted and named. Raises DataError if all are."""
-    wanted = list(indices)
+    wanted = range(len(source))
     pixels = torch.empty(len(wanted), channels, *size, dtype=torch.uint8)
     kept: list[int] = []
     skipped: list[str] = []
@@ -174,8 +173,7 @@ def open_images(
     if source == "digits":
         whole = digits(channels, size, split)
         return ImageSet(whole.pixels[:limit], whole.labels[:limit], whole.class_names)
-    opened = open_source(source, split, image_column, label_column)
-    n = len(opened) if limit is None else min(limit, len(opened))
-    if n * channels * size[0] * size[1] <= MEMORY_LIMIT or limit is not None:
-        return decode_all(opened, channels, size, range(n))
+    opened = open_source(source, split, image_column, label_column).first(limit)
+    if len(opened) * channels * size[0] * size[1] <= MEMORY_LIMIT:
+        return decode_all(opened, channels, size)
     return LazyImageSet(opened, channels, size)

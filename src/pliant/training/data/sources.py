@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def first(self, count: int | None) -> Source:
+        """Only the first `count` images (None: all)."""
+        return replace(self, labels=self.labels[:count])
 
 
 def open_source(
