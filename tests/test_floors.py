@@ -15,7 +15,7 @@ FLOORS = (
     {"errors", "files"},
     {"paths", "compute"},
     {"solvers", "models"},
-    {"adapters", "formats", "denoiser", "guidance", "flexify"},
+    {"adapters", "formats", "denoiser", "guidance"},
     {"plans"},
     {"planning", "training", "distillation", "steering", "evaluation", "quantization"},
     {"tasks", "integrations"},
@@ -119,6 +119,14 @@ def test_importing_pliant_is_cheap() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.split() == [], "import pliant brings these; import them where they are used"
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing `pliant.x` sets the attribute x of the package: a public function of that name would be lost."""
+    import pliant
+
+    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert not modules & set(pliant.__all__)
 
 
 def test_no_torchvision() -> None:

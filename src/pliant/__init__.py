@@ -16,7 +16,7 @@ _PUBLIC = {
     "Guidance": "pliant.guidance",
     "Plan": "pliant.plans",
     "PliantError": "pliant.errors",
-    "flexify": "pliant.flexify",
+    "flexify": "pliant.adapters.flexify",
     "get_path": "pliant.paths",
     "get_solver": "pliant.solvers",
     "load": "pliant.formats",
@@ -30,10 +30,10 @@ _PUBLIC = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
+    from pliant.adapters.flexify import flexify as flexify
     from pliant.compute import Compute as Compute
     from pliant.denoiser import Denoiser as Denoiser
     from pliant.errors import PliantError as PliantError
-    from pliant.flexify import flexify as flexify
     from pliant.formats import load as load
     from pliant.formats import load_adapter as load_adapter
     from pliant.formats import save as save

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pliant.denoiser import Denoiser
-from pliant.flexify import flexify
+from pliant.adapters.flexify import flexify
 from pliant.models import DiT, DiTConfig
 from pliant.paths import NetworkTime, get_path
 

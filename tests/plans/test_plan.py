@@ -12,7 +12,7 @@ import torch
 from pliant.compute import WITHOUT_CONDITIONING, Compute, counted_flops
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
-from pliant.flexify import flexify
+from pliant.adapters.flexify import flexify
 from pliant.guidance import Guidance
 from pliant.models import DiT, DiTConfig
 from pliant.paths import NetworkTime, get_path
