@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pliant.adapters.alignment import alignment, coarse
+from pliant.adapters.alignment import Alignment, alignment, coarse
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, macs
 from pliant.errors import ConfigError, ShapeError
@@ -66,11 +66,10 @@ class Denoiser:
         """
         compute = compute or Compute()
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-        pixels = self.aligned_pixels(compute)
-        if pixels == 1:
+        a = self.align(compute, time)
+        if a is None:
             value, variance = self.split(self.run(x, self.network_time.encode(time), cond, compute))
         else:
-            a = alignment(self.path, self.prediction, time, pixels)
             raw = self.run(like(a.input_scale, x) * x, self.network_time.encode(a.time), cond, compute)
             out, variance = self.split(raw)
             value = like(a.on_state, x) * x + like(a.on_output, x) * out
@@ -146,10 +145,14 @@ class Denoiser:
         wanted = "x".join(map(str, compute.patch))
         raise ConfigError(f"this model has patch sizes {known}, not {wanted}; add it with pliant.flexify")
 
-    def aligned_pixels(self, compute: Compute) -> int:
-        """Fine pixels per coarse one if calls with this compute are noise-aligned, else 1."""
-        patch = compute.patch
-        return self.network.aligned_pixels((patch[0], patch[1])) if isinstance(self.network, FlexiDiT) and patch else 1
+    def align(self, compute: Compute, t: Tensor) -> Alignment | None:
+        """How calls with this compute at house times t (any shape) are fed and read; None: as they are."""
+        if not isinstance(self.network, FlexiDiT) or compute.patch is None:
+            return None
+        pixels = self.network.aligned_pixels(self.patch_of(compute))
+        if pixels == 1:
+            return None
+        return alignment(self.path, self.prediction, t, pixels, self.network.spec.missing_power)
 
     def coarse_ratio(self, compute: Compute) -> tuple[int, int]:
         """How much coarser this compute's patches are, per axis."""

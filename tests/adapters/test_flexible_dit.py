@@ -267,6 +267,20 @@ def test_lora_scale() -> None:
     torch.testing.assert_close(delta(twos), 2 * delta(ones))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_new_sizes_take_the_number_format_of_the_base(recipe: str, dtype: torch.dtype) -> None:
+    reference = flexible(recipe, trained=False, patch_norm="affine")
+    network = FlexiDiT(tiny_dit().to(dtype), reference.spec)
+    x, t, y = batch(tiny_dit())
+    for patch in network.patch_sizes:
+        with torch.no_grad():
+            out, expected = network(x.to(dtype), t, y, patch), reference(x, t, y, patch)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
+    assert {p.dtype for p in network.parameters()} == {dtype}
+
+
 # Files ------------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +346,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ([4], {"resample": "bicubic"}, ConfigError, "'bicubic' is unknown"),
         ([4], {"patch_norm": "batch"}, ConfigError, "patch_norm"),
         ([4], {"position": "centre"}, ConfigError, "did you mean 'center'"),
+        ([4], {"missing_power": -1.0}, ConfigError, "variance, at least 0"),
         ([4], {"rank": 0}, ConfigError, "rank must be at least 1"),
         ([8], {"recipe": "shared", "underlying": 4}, ConfigError, "at least as large"),
         ([4], {"recipe": "shared", "underlying": 6}, ShapeError, "6x6 does not divide"),

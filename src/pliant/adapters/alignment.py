@@ -6,10 +6,14 @@ with `sigma_tau/alpha_tau = sigma_t/(k alpha_t)`, scaled by alpha_t/alpha_tau. S
 weights is fed correctly when its input is scaled by alpha_tau/alpha_t, it is told tau, and its output m, which
 speaks about the clean coarse image, is turned back into a prediction at (x_t, t):
 
-    x0_weak = p_tau * U y + q_tau * m,   y = (alpha_tau/alpha_t) P x_t,     prediction = p'_t * x_t + q'_t * x0_weak
+    x0_low  = p_tau * y + q_tau * m,                      y = (alpha_tau/alpha_t) P x_t
+    x0_weak = U x0_low + c * (x_t - U P x_t),             c = alpha_t w / (alpha_t^2 w + sigma_t^2)
+    prediction = p'_t * x_t + q'_t * x0_weak
 
-(sheet H, section 0; for rectified flow `v = (x - U x0_low)/t`). Everything is linear with coefficients of t alone:
-`prediction = on_state*x_t + on_coarse*(U P x_t) + on_output*m`.
+c is the best linear guess of the missing band if its pixels have variance w. w = 0 guesses nothing (sheet H, section
+0; for rectified flow `v = (x - U x0_low)/t`): that makes weak steps exactly those of a coarse sampler, but the
+prediction grows like 1/t towards the data, where no training can make up for it. Everything is linear with
+coefficients of t alone: `prediction = on_state*x_t + on_coarse*(U P x_t) + on_output*m`.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,26 +45,22 @@ def aligned_time(path: Path, t: float | Tensor, pixels: int) -> Tensor:
     return path.time_of_log_snr(path.log_snr(t) + 0.5 * math.log(pixels))
 
 
-def alignment(path: Path, prediction: PredictionType, t: float | Tensor, pixels: int) -> Alignment:
-    """The coefficients at t for blocks of `pixels` = rh*rw fine pixels. Undefined at t = 0 (weak modes end before)."""
+def alignment(
+    path: Path, prediction: PredictionType, t: float | Tensor, pixels: int, missing_power: float = 0.0
+) -> Alignment:
+    """The coefficients at t for blocks of `pixels` = rh*rw fine pixels; `missing_power` is w. Undefined at t = 0."""
     here = path.alpha_sigma(t)
     tau = aligned_time(path, t, pixels)
     there = path.alpha_sigma(tau)
     # alpha_tau/alpha_t, written with sigma because alpha may vanish at t = 1: k*sigma_tau/sigma_t, by definition.
     scale = math.sqrt(pixels) * there.sigma / here.sigma
+    guess = here.alpha * missing_power / (here.alpha**2 * missing_power + here.sigma**2)
     p_low, q_low = conversion(prediction, "sample", there)
     p_out, q_out = conversion("sample", prediction, here)
-    return Alignment(scale, tau, p_out, q_out * p_low * scale, q_out * q_low)
+    return Alignment(scale, tau, p_out + q_out * guess, q_out * (p_low * scale - guess), q_out * q_low)
 
 
 def coarse(x: Tensor, ratio: tuple[int, int]) -> Tensor:
     """U P x: every block of `ratio` pixels of (B, C, H, W) replaced by its mean."""
     pooled = F.avg_pool2d(x, ratio)
     return pooled.repeat_interleave(ratio[0], dim=-2).repeat_interleave(ratio[1], dim=-1)
-
-
-def identity_alignment(t: float | Tensor) -> Alignment:
-    """The coefficients of a call that needs no alignment."""
-    t = torch.as_tensor(t, dtype=torch.float64)
-    one, zero = torch.ones_like(t), torch.zeros_like(t)
-    return Alignment(one, t, zero, zero, one)

@@ -142,6 +142,10 @@ class FlexiDiT(nn.Module):
             sizes = spec.patch_sizes
         self.base = base
         self.modes = nn.ModuleDict({patch_name(p): PatchMode(base, p, own, spec) for p in sizes})
+        # What is new lives where the base lives and is stored as it is; tables and projections keep their precision.
+        self.modes.to(base.head.weight.device)
+        for parameter in self.modes.parameters():
+            parameter.data = parameter.data.to(base.head.weight.dtype)
         if spec.recipe == "lora":
             self.base.requires_grad_(False)
 
@@ -186,7 +190,8 @@ class FlexiDiT(nn.Module):
             return self.base.embed(x)
         self.config.check_input(x)
         weight, bias = mode.weights.kernel(self.base)
-        return mode.affine(embed_patches(x, weight, bias) + mode.positions + mode.embedding, "in")
+        places = (mode.positions + mode.embedding).to(weight.dtype)
+        return mode.affine(embed_patches(x, weight, bias) + places, "in")
 
     def read(self, tokens: Tensor, modulations: Tensor, patch: tuple[int, int] | None = None) -> Tensor:
         """As `DiT.read`, at a patch size."""
@@ -250,7 +255,7 @@ def _stored_at_underlying(base: DiT, spec: FlexSpec) -> DiT:
     own, stored = base.config.patch_size, spec.stored_size(base.config.patch_size)
     down = resize_matrix(stored, own, spec.averaging(own, stored))
     up = resize_matrix(own, stored, "area" if spec.initialisation == "noise-aligned" else "bilinear")
-    grown = DiT(base.with_patch_size(stored)).to(base.head.weight.device)
+    grown = DiT(base.with_patch_size(stored)).to(base.head.weight)
     state = base.state_dict()
     state["patch_embed.weight"] = resize_kernel(base.patch_embed.weight.data, down.T, stored)
     state["head.weight"] = resize_head(base.head.weight.data, up)

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pliant.adapters.alignment import alignment, coarse
+from pliant.adapters.alignment import coarse
 from pliant.compute import Compute, Precision
 from pliant.denoiser import Denoiser
 from pliant.models.dit import DiT
@@ -78,7 +78,6 @@ class Lowered:
             self.plain = network.materialize(denoiser.patch_of(compute))
         if self.plain is not None:
             self.plain = converted(self.plain, resolve_precision(compute.precision, self.plain))
-        self.pixels = denoiser.aligned_pixels(compute)
 
     def bind(self, times: Sequence[float], labels: Tensor) -> BoundCalls:
         """Calls at these house times with these labels (B,): conditioning is computed ahead where possible."""
@@ -101,8 +100,8 @@ class BoundCalls:
         denoiser = lowered.denoiser
         house = torch.tensor(list(times), dtype=torch.float64)
         self.aligned: list[_Aligned] = []
-        if lowered.pixels > 1:
-            a = alignment(denoiser.path, denoiser.prediction, house, lowered.pixels)
+        a = denoiser.align(lowered.compute, house)
+        if a is not None:
             house = a.time
             columns = (a.input_scale, a.on_state, a.on_coarse, a.on_output)
             self.aligned = [_Aligned(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
