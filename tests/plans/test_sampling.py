@@ -154,3 +154,17 @@ def test_start_state_shape_is_checked(make) -> None:
     model = make("flow")
     with pytest.raises(PlanError, match="start state"):
         sample(model, Plan.uniform(model, 2), [1], x=torch.zeros(1, 2, 8, 4))
+
+
+@pytest.mark.parametrize("approach", ["joined", "rows"])
+def test_packed_guidance_equals_separate_calls(make, monkeypatch: pytest.MonkeyPatch, approach: str) -> None:
+    # On a GPU the two patch sizes of a weak-guided step share a pass; here the choice is forced.
+    model = make("ddpm")
+    weak = Compute.of(4, merged=False, precision="fp32")
+    plan = Plan.uniform(model, 3, "ddim", Compute(merged=False, precision="fp32"), Guidance.weak_model(1.3, weak))
+    separate = sample(model, plan, [0, 1, 2], [4, 5, 6])
+    used = []
+    monkeypatch.setattr("pliant.plans.engine.choose_packing", lambda *_: used.append(approach) or approach)
+    packed = sample(model, plan, [0, 1, 2], [4, 5, 6])
+    assert used
+    assert (packed - separate).abs().max() / separate.abs().max() < 1e-4

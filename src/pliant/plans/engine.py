@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pliant.adapters.alignment import coarse
+from pliant.adapters.flexible_dit import FlexiDiT
+from pliant.adapters.packing import Call, choose_packing, packed_forward
 from pliant.compute import Compute, Precision
 from pliant.denoiser import Denoiser
 from pliant.models.dit import DiT
@@ -111,18 +113,50 @@ class BoundCalls:
 
     def call(self, k: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(value in house sign and the denoiser's kind, variance code or None) for states x (B, C, H, W)."""
-        lowered, denoiser = self.lowered, self.lowered.denoiser
-        scaled = x * self.aligned[k].input_scale if self.aligned else x
+        lowered, scaled = self.lowered, self.scaled(k, x)
         if lowered.plain is not None and self.table is not None:
             raw = lowered.plain.forward_modulated(scaled, self.table.rows(k))
         else:
-            raw = denoiser.run(scaled, self.network_times[k], self.labels, lowered.compute)
+            raw = lowered.denoiser.run(scaled, self.network_times[k], self.labels, lowered.compute)
+        return self.finish(k, x, raw)
+
+    def scaled(self, k: int, x: Tensor) -> Tensor:
+        """The network's input for states x."""
+        return x * self.aligned[k].input_scale if self.aligned else x
+
+    def finish(self, k: int, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's raw output for states x as (value, variance code)."""
+        lowered, denoiser = self.lowered, self.lowered.denoiser
         value, variance = denoiser.split(raw)
         if self.aligned:
             a = self.aligned[k]
             low = coarse(x, denoiser.coarse_ratio(lowered.compute))
             value = (x * a.on_state).add_(low, alpha=a.on_coarse).add_(value.to(x.dtype), alpha=a.on_output)
         return value, variance
+
+
+def packed_pair(
+    first: BoundCalls, second: BoundCalls, k_first: int, k_second: int, x: Tensor
+) -> list[tuple[Tensor, Tensor | None]] | None:
+    """Both calls on the states x in one network pass, or None where two passes are better or the only way.
+
+    Two patch sizes share a pass only while they share weights, that is unmerged; and a pass is shared only on devices
+    where that is faster (`choose_packing`).
+    """
+    network = first.lowered.denoiser.network
+    if not isinstance(network, FlexiDiT) or first.lowered.plain is not None or second.lowered.plain is not None:
+        return None
+    tokens = [b.lowered.denoiser.shape(b.lowered.compute).tokens for b in (first, second)]
+    approach = choose_packing(len(x), max(tokens), min(tokens), x.device)
+    if approach == "separate":
+        return None
+    pairs = ((first, k_first), (second, k_second))
+    calls = [
+        Call(b.scaled(k, x), b.network_times[k].expand(len(x)), b.labels, b.lowered.denoiser.patch_of(b.lowered.compute))
+        for b, k in pairs
+    ]
+    raw = packed_forward(network, calls, approach)
+    return [b.finish(k, x, out) for (b, k), out in zip(pairs, raw, strict=True)]
 
 
 class ModulationTable:

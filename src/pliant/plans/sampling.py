@@ -11,7 +11,7 @@ from pliant.compute import Compute
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.guidance import guide
-from pliant.plans.engine import BoundCalls, Lowered
+from pliant.plans.engine import BoundCalls, Lowered, packed_pair
 from pliant.plans.noise import batch_noise, check_seeds
 from pliant.plans.plan import Plan, Step
 from pliant.solvers import Eval, Output, Program, StepResult, run
@@ -105,10 +105,7 @@ class _Evaluator:
     def __call__(self, x: Tensor, evaluation: Eval) -> Output:
         step = self.plan.steps[evaluation.step]
         calls = _calls(step)
-        answers = []
-        for call in calls:
-            states = torch.cat([x, x]) if call[1] == "both" else x
-            answers.append(self.bound[call].call(self.position[evaluation.out, call], states))
+        answers = self._answers(x, calls, [self.position[evaluation.out, call] for call in calls])
         if step.guidance is None:
             return Output(*answers[0])
         if len(answers) == 1:  # conditional and null ran as one batch
@@ -118,6 +115,18 @@ class _Evaluator:
         else:
             (conditional, variance), (reference, _) = answers
         return Output(guide(conditional, reference, step.guidance.scale, step.guidance.channels), variance)
+
+
+    def _answers(self, x: Tensor, calls: list[Call], places: list[int]) -> list[tuple[Tensor, Tensor | None]]:
+        """(value, variance) of every call; a batch of both labels has twice the rows."""
+        if len(calls) == 2:
+            packed = packed_pair(self.bound[calls[0]], self.bound[calls[1]], *places, x)
+            if packed is not None:
+                return packed
+        return [
+            self.bound[call].call(k, torch.cat([x, x]) if call[1] == "both" else x)
+            for call, k in zip(calls, places, strict=True)
+        ]
 
 
 def _calls(step: Step) -> list[Call]:
