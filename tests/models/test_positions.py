@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pliant.errors import ConfigError
@@ -22,11 +22,13 @@ def test_centres_of_weak_patches() -> None:
         axis_coordinates(3, 4, 2, "centre")  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from(["center", "corner", "own"]))
 def test_all_rules_are_the_index_at_the_original_size(count: int, patch: int, rule: str) -> None:
     assert axis_coordinates(count, patch, patch, rule).tolist() == list(range(count))  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
 def test_centre_is_the_mean_of_the_patches_it_covers(count: int, ratio: int, patch: int) -> None:
     """A coarse patch sits in the middle of the fine patches under it, in any unit."""

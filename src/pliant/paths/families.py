@@ -91,7 +91,8 @@ class Cosine(_Diffusion):
     def _alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rate = 0.5 * math.pi / (1.0 + self.offset)
         angle, start = rate * (t + self.offset), rate * self.offset
-        alpha = (torch.cos(angle) / math.cos(start)).clamp(min=0.0)  # exactly 0 at t = 1, up to rounding
+        # cos(angle) through sin(pi/2 - angle), so that alpha(1) is exactly 0 and log-SNR there is -inf, not -37.
+        alpha = torch.sin(rate * (1.0 - t)) / math.cos(start)
         dalpha = -rate * torch.sin(angle) / math.cos(start)
         # 1 - alpha^2 = sin(angle-start) sin(angle+start) / cos^2(start): no cancellation near t = 0.
         sigma = torch.sqrt(torch.sin(angle - start) * torch.sin(angle + start)) / math.cos(start)
