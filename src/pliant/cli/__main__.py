@@ -1,0 +1,5 @@
+import sys
+
+from pliant.cli.main import main
+
+sys.exit(main())

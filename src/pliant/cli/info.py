@@ -1,0 +1,125 @@
+"""`pliant info`: what a file is. Models, plans, and pictures with a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pliant.cli import options as opt
+from pliant.cli.console import emit_json, table
+from pliant.errors import ConfigError
+
+EXAMPLES = """\b
+Examples:
+  pliant info digits                        a bundled model
+  pliant info DiT-XL-2-256x256.pt           an official checkpoint: format, assumptions, cost per call
+  pliant info SiT-XL-2-256.pt --format sit
+  pliant info plan.json                     a plan
+  pliant info samples.png --json            the recipe inside a picture
+"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("info", epilog=EXAMPLES)(info)
+
+
+def info(
+    source: Annotated[str, typer.Argument(metavar="MODEL|PLAN|PNG", help="What to look at.", show_default=False)],
+    format: opt.Format = None,
+    option: opt.LoadOptions = None,
+    json: opt.JSON = False,
+) -> None:
+    """Say what a model, plan or picture is."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() == ".png":
+        _picture(path, json)
+    elif path.suffix.lower() == ".json" and path.name not in ("config.json", "model_index.json") and not path.is_dir():
+        _plan(path, json)
+    else:
+        _model(source, format, option, json)
+
+
+def _picture(file: Path, json: bool) -> None:
+    from pliant import imaging
+    from pliant.cli.recipe import Recipe
+
+    pixels, data = imaging.read_png(file)
+    size = f"{pixels.shape[2]}x{pixels.shape[1]}"
+    if data is None:
+        raise ConfigError(f"{file} ({size}) holds no recipe: it was not made by Pliant, or its metadata was removed")
+    recipe = Recipe.from_dict(data)
+    if json:
+        emit_json({"kind": "picture", "file": str(file), "size": list(pixels.shape[1:]), "recipe": data})
+        return
+    from pliant.plans import Plan
+
+    plan = Plan.from_dict(recipe.plan)
+    solver = ", ".join(sorted({s.solver.name for s in plan.steps}))
+    precision = ", ".join(sorted({s.compute.precision or "auto" for s in plan.steps}))
+    made = ", ".join(f"{k} {v}" for k, v in recipe.software.items())
+    print(f"{file}: {len(recipe.shows)} images in a picture of {size}")
+    print(f"model      {recipe.model['name']} ({recipe.model['source']})")
+    print(f"weights    sha256 {recipe.model['weights_sha256'][:16]}..., fingerprint {recipe.model['fingerprint']}")
+    print(f"plan       {plan.digest()}: {len(plan.steps)} steps, {solver}, {precision}")
+    for image in recipe.shown()[:10]:
+        print(f"image      class {image['class']} ({image['name']}), seed {image['seed']}")
+    if len(recipe.shows) > 10:
+        print(f"           and {len(recipe.shows) - 10} more")
+    print(f"made with  {made}")
+    print(f"Again: pliant sample --replay {file}")
+
+
+def _plan(file: Path, json: bool) -> None:
+    from pliant.cli.plan import summary
+    from pliant.plans import Plan
+
+    plan = Plan.load(file)
+    if json:
+        emit_json({"kind": "plan", "file": str(file), "digest": plan.digest(), "plan": plan.to_dict()})
+    else:
+        print(summary(file))
+
+
+def _model(source: str, format: str | None, option: list[str] | None, json: bool) -> None:
+    from pliant.cli.models import load_options
+    from pliant.formats import describe_source
+
+    found = describe_source(source, format, **load_options(option))
+    calls = calls_of(found.identity)
+    if json:
+        emit_json({"kind": "model", **found.to_dict(), "calls": calls})
+        return
+    print(found.describe())
+    rows = [(c["patch"], str(c["tokens"]), f"{c['flops'] / 1e9:.4g}", f"{c['share']:.1%}") for c in calls]
+    table(("patch", "tokens", "GFLOP per call", "of full"), rows)
+
+
+def calls_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tokens and exact FLOPs of one call at every patch size, from a model's identity alone."""
+    from pliant.adapters import FlexSpec
+    from pliant.compute import MATMUL, TransformerShape, macs
+    from pliant.models import DiTConfig
+    from pliant.models.patches import patch_name
+
+    config = DiTConfig.from_dict(identity["network"]["dit"])
+    flex = identity["network"].get("flex")
+    own = config.patch_size
+    sizes = [own, *(p for p in (FlexSpec.from_dict(flex).patch_sizes if flex else ()) if p != own)]
+    calls: list[dict[str, Any]] = []
+    for patch in sizes:
+        rows, columns = config.grid(patch)
+        shape = TransformerShape(
+            depth=config.depth,
+            width=config.width,
+            heads=config.heads,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            patch=patch,
+            tokens=rows * columns,
+            mlp_ratio=config.mlp_ratio,
+            classes=config.label_rows,
+        )
+        calls.append({"patch": patch_name(patch), "tokens": rows * columns, "flops": 2 * macs(shape, MATMUL)})
+    return [{**c, "share": c["flops"] / calls[0]["flops"]} for c in calls]

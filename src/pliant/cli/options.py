@@ -1,0 +1,78 @@
+"""Options that several verbs share, so that they are spelt and explained once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder, file, bundled name (digits) or Hugging Face id.", show_default=False),
+]
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="Format of the model, where its content does not say it (e.g. sit).", show_default=False
+    ),
+]
+LoadOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="KEY=VALUE",
+        help="What a foreign file does not say: heads, input_size, num_classes, path, prediction. Repeatable.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1, mps. Default: cuda if there is one.", show_default=False),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images computed at once.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first image; the next ones count up.")]
+Decoder = Annotated[
+    str | None,
+    typer.Option(
+        "--decode", metavar="AUTOENCODER", help="diffusers autoencoder (folder or id) that turns latents into images."
+    ),
+]
+
+# What a plan is made from.
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan file; replaces all options below.")]
+Budget = Annotated[
+    str | None, typer.Option("--budget", help='Of full compute: 60%, 0.6, or FLOPs per image: "30 GFLOP".')
+]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps.  [default: 50]", show_default=False)]
+SolverName = Annotated[
+    str | None,
+    typer.Option(
+        "--solver", help="dpmpp-2m, heun, euler, ddim:eta=0.5, ddpm, ...  [default: dpmpp-2m]", show_default=False
+    ),
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option("--guidance", help="Classifier-free guidance scale; 1 is none.  [default: 1]", show_default=False),
+]
+GuidedChannels = Annotated[
+    int | None,
+    typer.Option("--guided-channels", min=1, help="Guide only the first so many (3: as DiT and SiT papers)."),
+]
+WeakSteps = Annotated[
+    int | None, typer.Option("--weak-steps", min=0, help="Exactly so many weak steps, instead of a budget.")
+]
+WeakGuidanceSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--weak-guidance-steps", min=0, help="Powerful steps guided by the weak call instead of the null label."
+    ),
+]
+WeakPatch = Annotated[str | None, typer.Option("--weak", metavar="PATCH", help="Patch size of weak steps: 4 or 2x4.")]
+WeakLast = Annotated[
+    bool, typer.Option("--weak-last", help="Weak steps at the end: the paper's baseline, not a good idea.")
+]
+PrecisionName = Annotated[
+    str | None, typer.Option("--precision", help="fp32 or bf16. Default: bf16 where it is faster.", show_default=False)
+]

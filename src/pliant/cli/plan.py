@@ -1,0 +1,145 @@
+"""`pliant plan`: a budget becomes a plan file that can be read, versioned and run anywhere."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pliant.cli import options as opt
+from pliant.cli.console import emit_json
+from pliant.cli.planning import PlanOptions, cost_facts, make_plan
+from pliant.errors import ConfigError, PliantError
+
+EXAMPLES = """\b
+Examples:
+  pliant plan digits --budget 60% --steps 20 -o plan.json
+  pliant plan digits --steps 50 --weak-steps 20 --guidance 1.5 --weak-guidance-steps 10 -o plan.json
+  pliant plan facebook/DiT-XL-2-256 --steps 250 --solver ddpm --guidance 1.5 --guided-channels 3
+  pliant plan digits --show plan.json      what a plan costs on a model
+  pliant plan --show plan.json             what a plan says
+  pliant plan --schema > plan.schema.json  JSON Schema of plan files
+"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan", epilog=EXAMPLES)(plan)
+
+
+def plan(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, file, bundled name or Hub id.")] = None,
+    budget: opt.Budget = None,
+    steps: opt.Steps = None,
+    solver: opt.SolverName = None,
+    guidance: opt.GuidanceScale = None,
+    guided_channels: opt.GuidedChannels = None,
+    weak_steps: opt.WeakSteps = None,
+    weak_guidance_steps: opt.WeakGuidanceSteps = None,
+    weak: opt.WeakPatch = None,
+    weak_last: opt.WeakLast = False,
+    precision: opt.PrecisionName = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Plan file to write. Default: only print.", show_default=False)
+    ] = None,
+    show: Annotated[Path | None, typer.Option("--show", help="Describe this plan file instead of making one.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of plan files.")] = False,
+    format: opt.Format = None,
+    option: opt.LoadOptions = None,
+    json: opt.JSON = False,
+) -> None:
+    """Make a plan: every decision of a sampling run, with its exact cost.
+
+    With a budget, the first steps are weak (coarse patches) and the rest powerful, the fewest weak ones that meet it.
+    """
+    if schema:
+        from pliant.plans.schema import plan_schema
+
+        emit_json(plan_schema())
+        return
+    choices = PlanOptions(
+        budget, steps, solver, guidance, guided_channels, weak_steps, weak_guidance_steps, weak, weak_last, precision
+    )
+    if show is not None:
+        _show(show, model, choices, out, format, option, json)
+        return
+    if model is None:
+        raise ConfigError("name a model to plan for, e.g. 'pliant plan digits --budget 60%'")
+
+    from pliant.cli.models import open_model
+
+    denoiser = open_model(model, format, option, "cpu").denoiser
+    made = make_plan(denoiser, choices)
+    if out is not None:
+        try:
+            made.save(out)
+        except OSError as error:
+            raise PliantError(f"could not write {out}: {error.strerror or error}") from None
+    if json:
+        facts = {"file": str(out) if out else None, "digest": made.digest()}
+        emit_json({**facts, "cost": cost_facts(made, denoiser), "plan": made.to_dict()})
+        return
+    print(made.describe(denoiser))
+    if out is not None:
+        print(f"\n{out} written; run it with: pliant sample {model} --plan {out}")
+
+
+def _show(
+    file: Path,
+    model: str | None,
+    choices: PlanOptions,
+    out: Path | None,
+    format: str | None,
+    option: list[str] | None,
+    json: bool,
+) -> None:
+    from pliant.cli.models import open_model
+    from pliant.plans import Plan
+
+    extra = [*choices.given(), *(["--out"] if out else [])]
+    if extra:
+        raise ConfigError(f"--show only describes a plan: leave out {extra[0]}")
+    loaded = Plan.load(file)
+    denoiser = None if model is None else open_model(model, format, option, "cpu").denoiser
+    if json:
+        cost = None if denoiser is None else cost_facts(loaded, denoiser)
+        emit_json({"file": str(file), "digest": loaded.digest(), "cost": cost, "plan": loaded.to_dict()})
+    elif denoiser is not None:
+        print(loaded.describe(denoiser))
+    else:
+        print(summary(file))
+
+
+def summary(file: Path) -> str:
+    """What a plan says, without a model to price it."""
+    from itertools import groupby
+
+    from pliant.plans import Plan
+
+    loaded = Plan.load(file)
+    made_for = f"{loaded.model.get('name') or 'model'} {loaded.model['fingerprint']}" if loaded.model else "any model"
+    lines = [
+        f"plan {loaded.digest()}: {len(loaded.steps)} steps, path {loaded.path.to_config()['name']}, for {made_for}",
+    ]
+    if loaded.provenance:
+        lines.append("made as " + ", ".join(f"{k} {v}" for k, v in loaded.provenance.items()))
+    times = loaded.times
+
+    def key(i: int) -> str:
+        step = loaded.steps[i]
+        return json_module.dumps([step.solver.to_config(), step.compute.to_dict(), step.to_dict()["guidance"]])
+
+    for _, group in groupby(range(len(loaded.steps)), key):
+        members = list(group)
+        first, last = members[0], members[-1]
+        step = loaded.steps[first]
+        guidance = "unguided"
+        if step.guidance is not None:
+            guidance = f"guidance {step.guidance.scale:g} against {step.guidance.against}"
+        lines.append(
+            f"  steps {first}-{last}  t {times[first]:.3f} -> {times[last + 1]:.3f}  {step.solver.name}  "
+            f"{step.compute.describe()}  {guidance}"
+        )
+    lines.append(f"For its cost name the model: pliant plan MODEL --show {file}")
+    return "\n".join(lines)

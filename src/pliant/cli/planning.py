@@ -1,0 +1,143 @@
+"""From the plan options of `plan`, `sample` and `eval` to a plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pliant.cli.models import parse_patch
+from pliant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pliant.denoiser import Denoiser
+    from pliant.guidance import Guidance
+    from pliant.plans import Plan
+
+STEPS, SOLVER = 50, "dpmpp-2m"
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """As typed; None where nothing was typed."""
+
+    budget: str | None = None
+    steps: int | None = None
+    solver: str | None = None
+    guidance: float | None = None
+    guided_channels: int | None = None
+    weak_steps: int | None = None
+    weak_guidance_steps: int | None = None
+    weak: str | None = None
+    weak_last: bool = False
+    precision: str | None = None
+
+    def given(self) -> list[str]:
+        """The options that were typed, as typed."""
+        return ["--" + name.replace("_", "-") for name, value in asdict(self).items() if value not in (None, False)]
+
+
+def solver_config(text: str) -> dict[str, Any]:
+    """ "ddim:eta=0.5,..." -> {"name": "ddim", "eta": 0.5}. Raises ConfigError."""
+    import yaml
+
+    name, _, rest = text.partition(":")
+    config: dict[str, Any] = {"name": name.strip()}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"cannot read the solver {text!r}; write a name, or options as in ddim:eta=0.5")
+        config[key.strip()] = yaml.safe_load(value)
+    return config
+
+
+def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
+    """Weak steps first if a budget or a number of weak steps is given, else the same compute at every step."""
+    from pliant.compute import Compute
+    from pliant.plans import Plan
+    from pliant.solvers import get_solver
+
+    solver = get_solver(solver_config(options.solver or SOLVER))
+    steps = options.steps or STEPS
+    if options.budget is None and options.weak_steps is None:
+        for name, value in (("--weak-last", options.weak_last), ("--weak-guidance-steps", options.weak_guidance_steps)):
+            if value:
+                raise ConfigError(f"{name} belongs to plans with weak steps: give --budget or --weak-steps too")
+        compute = Compute.of(parse_patch(options.weak)) if options.weak else Compute()
+        plan = Plan.uniform(model, steps, solver, compute, _guidance(options))
+    else:
+        if options.budget is not None and options.weak_steps is not None:
+            raise ConfigError("give either --budget or --weak-steps, not both")
+        plan = Plan.weak_to_powerful(
+            model,
+            steps,
+            options.budget,
+            weak_steps=options.weak_steps,
+            weak_guidance_steps=options.weak_guidance_steps,
+            weak=Compute.of(parse_patch(options.weak)) if options.weak else None,
+            solver=solver,
+            guidance=options.guidance,
+            guided_channels=options.guided_channels,
+            weak_last=options.weak_last,
+        )
+    return plan if options.precision is None else with_precision(plan, options.precision)
+
+
+def _guidance(options: PlanOptions) -> float | Guidance | None:
+    from pliant.guidance import Guidance
+
+    if options.guidance in (None, 1.0):
+        return None
+    return Guidance.cfg(float(options.guidance or 1.0), channels=options.guided_channels)
+
+
+def plan_from(file: Path | None, model: Denoiser, options: PlanOptions) -> Plan:
+    """The plan file if one is given (checked against the model), else a plan from the options. Raises PliantError."""
+    from pliant.plans import Plan
+
+    if file is None:
+        return make_plan(model, options)
+    if options.given():
+        raise ConfigError(f"a plan file decides everything: leave out {options.given()[0]}, or --plan")
+    plan = Plan.load(file)
+    plan.check(model)
+    return plan
+
+
+def with_precision(plan: Plan, precision: str) -> Plan:
+    """The plan with the precision of every call that leaves it open set to `precision`."""
+
+    def pinned(compute: Any) -> Any:
+        # Checked by Compute, which names the known precisions.
+        return replace(compute, precision=precision) if compute.precision is None else compute
+
+    steps = []
+    for step in plan.steps:
+        guidance = step.guidance
+        if guidance is not None and guidance.compute is not None:
+            guidance = replace(guidance, compute=pinned(guidance.compute))
+        steps.append(replace(step, compute=pinned(step.compute), guidance=guidance))
+    return plan.with_steps(steps)
+
+
+def own_precision(model: Denoiser) -> str | None:
+    """What calls that leave the precision open run in on this machine; None if it has no name in plans."""
+    import torch
+
+    from pliant.models import DiT
+    from pliant.plans.engine import resolve_precision
+
+    network = model.network if isinstance(model.network, DiT) else model.network.base
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(resolve_precision(None, network))
+
+
+def cost_facts(plan: Plan, model: Denoiser) -> dict[str, Any]:
+    """Exact cost of a plan, for JSON."""
+    cost = plan.cost(model)
+    return {
+        "flops_per_image": cost.flops,
+        "full_flops_per_image": cost.full_flops,
+        "share": cost.share,
+        "evaluations": cost.evaluations,
+        "network_calls": cost.calls,
+    }

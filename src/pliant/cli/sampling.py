@@ -1,0 +1,66 @@
+"""Running recipes: pixels or latents, batch by batch, and the pictures made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from pliant import imaging
+from pliant.cli.console import Advance
+from pliant.cli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pliant.denoiser import Denoiser
+    from pliant.plans import Plan
+
+Decode = Callable[["Tensor"], "Tensor"]
+
+
+def run_batches(
+    model: Denoiser,
+    plan: Plan,
+    classes: tuple[int, ...],
+    seeds: tuple[int, ...],
+    batch_size: int,
+    advance: Advance,
+    decode: Decode | None = None,
+) -> Iterator[Tensor]:
+    """Samples in order, `batch_size` at a time: (B, C, H, W) on the CPU, decoded if there is a decoder."""
+    from pliant.plans import Sampler
+    from pliant.plans.sampling import check_labels
+
+    sampler = Sampler(model, plan)
+    check_labels(list(classes), model)
+    batches = range(0, len(classes), batch_size)
+    total = len(batches) * len(plan.steps)
+    for number, start in enumerate(batches):
+        x = None
+        part = slice(start, start + batch_size)
+        for result in sampler.steps(list(classes[part]), list(seeds[part])):
+            x = result.x
+            advance(number * len(plan.steps) + result.index + 1, total)
+        if x is not None:  # a plan has at least one step
+            yield (x if decode is None else decode(x)).cpu()
+
+
+def picture(recipe: Recipe, pixels: Tensor) -> Tensor:
+    """(N, C, H, W) uint8, what the recipe shows in order -> the one picture (C, H', W')."""
+    return imaging.enlarged(imaging.grid(pixels, recipe.columns), recipe.zoom)
+
+
+def png(recipe: Recipe, pixels: Tensor) -> bytes:
+    """The file: the picture with its recipe inside."""
+    return imaging.encode_png(picture(recipe, pixels), recipe.to_dict())
+
+
+def run_pixels(recipe: Recipe, model: Denoiser, decode: Decode | None, advance: Advance) -> Tensor:
+    """(N, C, H, W) uint8 of what the recipe shows."""
+    import torch
+
+    from pliant.plans import Plan
+
+    plan = Plan.from_dict(recipe.plan)
+    batches = run_batches(model, plan, recipe.classes, recipe.seeds, recipe.batch_size, advance, decode)
+    return imaging.to_pixels(torch.cat(list(batches)))[list(recipe.shows)]
