@@ -131,7 +131,9 @@ def _log_alpha_table(betas: str, num_timesteps: int) -> Tensor:
     elif betas == "scaled-linear":  # Stable Diffusion: linear in sqrt(beta)
         table = torch.linspace(0.00085**0.5, 0.012**0.5, num_timesteps, dtype=torch.float64) ** 2
     else:
-        raise ConfigError(f"unknown beta schedule {betas!r}: use 'linear' (DDPM, DiT) or 'scaled-linear' (Stable Diffusion)")
+        raise ConfigError(
+            f"unknown beta schedule {betas!r}: use 'linear' (DDPM, DiT) or 'scaled-linear' (Stable Diffusion)"
+        )
     if not bool((table < 1.0).all()):
         raise ConfigError(f"{num_timesteps} timesteps are too few for the {betas!r} betas: some beta reaches 1")
     return torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * torch.cumsum(torch.log1p(-table), 0)])
