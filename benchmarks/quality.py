@@ -48,7 +48,7 @@ def measure(model: pliant.Denoiser, plan: Plan, reference, extractor, args: argp
 
     def images(labels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
         start = time.perf_counter()
-        out = sampler(labels, seeds)
+        out = sampler(labels, seeds).cpu()  # waits for the device
         spent.append((time.perf_counter() - start) / len(seeds))
         return out.clamp(-1, 1)
 
@@ -116,14 +116,15 @@ def main() -> None:
     parser.add_argument("--solver", default="dpmpp-2m")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--counts", type=int, nargs="*", default=[20, 10, 5], help="extra rows of few full steps")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", required=True)
     args = parser.parse_args()
 
-    model = pliant.load(args.model)
+    model = pliant.load(args.model).to(args.device)
     extractor = get_extractor(args.extractor)
     reference = load_reference(args.reference, extractor)
     output = Path(args.output)
-    settings = {k: v for k, v in vars(args).items() if k not in ("output", "batch")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "batch", "device")}
     done: dict = json.loads(output.read_text()) if output.exists() else {}  # type: ignore[type-arg]
     if done.get("settings") != settings:
         done = {"settings": settings, "rows": {}}
