@@ -53,11 +53,14 @@ def convert(
         save(denoiser, target, to, dtype=written, allow_inexact=allow_inexact)
     except OSError as error:
         raise PliantError(f"could not write {target}: {error.strerror or error}") from None
-    again = describe_source(target, to if to in ("sit", "official-dit") else None)
+    files = sorted(f for f in target.rglob("*") if f.is_file()) if target.is_dir() else [target]
+    written_bytes = sum(f.stat().st_size for f in files)
     if json:
-        emit_json({"source": found.to_dict(), "target": again.to_dict(), "dtype": dtype})
+        facts = {"format": to, "location": str(target), "dtype": dtype, "bytes": written_bytes}
+        emit_json({"source": found.to_dict(), "target": {**facts, "files": [str(f) for f in files]}})
     else:
-        print(f"{found.architecture}, {found.parameters:,} parameters: {found.format} -> {to}, {target}")
+        print(f"{found.architecture}, {found.parameters:,} parameters: {found.format} -> {to}")
+        print(f"{target}: {written_bytes:,} bytes")
         for line in found.notes:
             print(line)
 

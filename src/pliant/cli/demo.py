@@ -14,7 +14,7 @@ from pliant.cli.console import emit_json, progress, table
 from pliant.errors import ConfigError, PliantError, suggest
 
 if TYPE_CHECKING:
-    from pliant.cli.demo_runs import Row, Setting
+    from pliant.cli.demo_runs import Judgement, Row, Setting
     from pliant.cli.models import Opened
 
 EXAMPLES = """\b
@@ -67,13 +67,13 @@ def demo(
         demo_runs.draw_pictures(rows, classes * lines, seed, advance)
     with progress("measuring (seconds)") as advance:
         demo_runs.measure(rows, setting, opened.denoiser.num_classes, pace, seconds, advance)
-    metric, images = demo_runs.judge(rows, setting, demo_runs.stored_quality(name))
+    judgement = demo_runs.judge(rows, setting, demo_runs.stored_quality(name))
     names = [class_name(c, opened.denoiser) for c in classes]
-    files = _write(out, name, opened, setting, rows, names, metric, images)
+    files = _write(out, name, opened, setting, rows, names, judgement)
     report: dict[str, Any] = {
         "model": name,
-        "metric": metric,
-        "images": images,
+        "metric": judgement.metric if judgement else None,
+        "images": judgement.images if judgement else 0,
         "rows": [_facts(row) for row in rows],
         "files": {k: str(v) for k, v in files.items()},
         "seconds": time.perf_counter() - begun,
@@ -81,7 +81,7 @@ def demo(
     if json:
         emit_json(report)
     else:
-        _print(rows, metric, images, files, report["seconds"])
+        _print(rows, judgement, files, report["seconds"])
 
 
 def _choose(model: str | None) -> str:
@@ -105,19 +105,17 @@ def _write(
     setting: Setting,
     rows: list[Row],
     names: list[str],
-    metric: str | None,
-    images: int,
+    judgement: Judgement | None,
 ) -> dict[str, Path]:
     from pliant.cli.demo_page import page
     from pliant.cli.demo_pictures import comparison, plot
     from pliant.files import replaced_file
 
     sheet = comparison(rows, names)
-    chart = plot(rows, metric, images) if metric else None
+    chart = plot(rows, judgement) if judgement else None
     files = {"page": out / "index.html", "comparison": out / "comparison.png"}
-    html = page(
-        setting.title, rows, metric, images, sheet, chart, commands(name, setting, out), _provenance(opened, setting)
-    )
+    facts = _provenance(opened, setting)
+    html = page(setting.title, rows, judgement, sheet, chart, commands(name, setting, out), facts)
     contents = {"page": html.encode(), "comparison": sheet}
     if chart is not None:
         files["plot"], contents["plot"] = out / "quality.png", chart
@@ -183,27 +181,17 @@ def _facts(row: Row) -> dict[str, Any]:
     }
 
 
-def _print(rows: list[Row], metric: str | None, images: int, files: dict[str, Path], seconds: float) -> None:
-    from pliant.cli.demo_page import row_cells
+def _print(rows: list[Row], judgement: Judgement | None, files: dict[str, Path], seconds: float) -> None:
+    from pliant.cli.demo_page import judgement_text, row_cells
 
-    columns = [
-        "budget",
-        "FLOPs used",
-        "GFLOP/image",
-        "weak steps",
-        "ms/image",
-        "time used",
-        "distance",
-        "95 % interval",
-    ]
-    table(columns, [row_cells(row, rows[0]) for row in rows])
-    if metric:
-        print(f"distance: {metric}, {images:,} images per budget; lower is better")
+    columns = ["budget", "FLOPs used", "GFLOP/image", "weak steps", "ms/image", "time used"]
+    columns += ["distance", "95 % interval"] if judgement else []
+    table(columns, [row_cells(row, rows[0])[: len(columns)] for row in rows])
+    print(judgement_text(judgement))
     print(f"\npage        {files['page']}")
     print(f"comparison  {files['comparison']}")
-    print(
-        f"plot        {files['plot']}"
-        if "plot" in files
-        else "plot        needs matplotlib: pip install 'pliant[plots]'"
-    )
+    if "plot" in files:
+        print(f"plot        {files['plot']}")
+    elif judgement:
+        print("plot        needs matplotlib: pip install 'pliant[plots]'")
     print(f"done in {seconds:.0f} s")

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pliant.cli.demo_runs import Row
+    from pliant.cli.demo_runs import Judgement, Row
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2026; --quiet: #5d6570; --back: #fff; --soft: #f3f5f7; --line: #dfe3e8 }
@@ -31,15 +31,13 @@ pre { background: var(--soft); padding: .8rem 1rem; border-radius: 6px; overflow
 def page(
     title: str,
     rows: list[Row],
-    metric: str | None,
-    images: int,
+    judgement: Judgement | None,
     comparison: bytes,
     plot: bytes | None,
     commands: list[str],
     facts: dict[str, str],
 ) -> str:
     """The whole document."""
-    measured = f"{images:,} images each" if metric else "not measured here: too few images in the time given"
     figure = ""
     if plot is not None:
         figure = f'<figure class="wide">{_image(plot, "Quality against FLOPs and against seconds")}</figure>'
@@ -60,10 +58,9 @@ Every row starts from the same noise.</p>
 <figure class="wide">{_image(comparison, "Samples by budget and class")}
 <figcaption>Rows: share of the full compute. Columns: classes. The same seeds in every row.</figcaption></figure>
 <h2>What it costs, and what is left of the quality</h2>
-<div class="wide">{_table(rows, metric)}</div>
-<p class="quiet">{escape(metric or "Quality")}: {escape(measured)}. Lower is better; distances depend on the number of
-images, so compare equal numbers only. Seconds: median over batches of {rows[0].batch} on this machine after a warm-up;
-the budgets took turns.</p>
+<div class="wide">{_table(rows, judgement)}</div>
+<p class="quiet">{escape(judgement_text(judgement))}
+Seconds: median over batches of {rows[0].batch} on this machine after a warm-up; the budgets took turns.</p>
 {figure}
 <h2>Do it yourself</h2>
 <pre>{escape(chr(10).join(commands))}</pre>
@@ -74,9 +71,20 @@ the budgets took turns.</p>
 """
 
 
-def _table(rows: list[Row], metric: str | None) -> str:
+def judgement_text(judgement: Judgement | None) -> str:
+    """What the distances are and how to read them."""
+    if judgement is None:
+        return "No distance: too few images were drawn in the time given to say anything about quality."
+    where = "" if judgement.here else ", measured when the model was made"
+    return (
+        f"Distance: {judgement.metric}, {judgement.images:,} images per budget{where}. Lower is better; it depends on "
+        f"the number of images, so compare equal numbers only."
+    )
+
+
+def _table(rows: list[Row], judgement: Judgement | None) -> str:
     head = ["budget", "FLOPs used", "GFLOP per image", "weak steps", "ms per image", "time used"]
-    head += ["distance", "95 % interval"] if metric else []
+    head += ["distance", "95 % interval"] if judgement else []
     body = []
     for row in rows:
         cells = row_cells(row, rows[0])

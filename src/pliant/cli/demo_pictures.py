@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pliant import imaging
 
 if TYPE_CHECKING:
-    from pliant.cli.demo_runs import Row
+    from pliant.cli.demo_runs import Judgement, Row
 
 TILE, GAP, MARGIN = 64, 4, 168
 INK, QUIET, BACK = (28, 32, 38), (105, 112, 122), (255, 255, 255)
@@ -49,7 +49,7 @@ def _short(name: str) -> str:
     return first if len(first) <= 9 else first[:8] + "."
 
 
-def plot(rows: list[Row], metric: str, images: int) -> bytes | None:
+def plot(rows: list[Row], judgement: Judgement) -> bytes | None:
     """PNG: distance against FLOPs and against measured seconds. None if matplotlib is not installed."""
     try:
         import matplotlib
@@ -60,7 +60,7 @@ def plot(rows: list[Row], metric: str, images: int) -> bytes | None:
 
     shown = [(row, colour) for row, colour in zip(rows, COLOURS, strict=False) if row.distance is not None]
     figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.9), sharey=True, layout="constrained")
-    figure.suptitle(f"{metric}, {images:,} images per point, 95 % bootstrap intervals", fontsize=11)
+    figure.suptitle(f"{judgement.metric}, {judgement.images:,} images per point, 95 % intervals", fontsize=11)
     panels = (
         (axes[0], [row.cost.flops / 1e9 for row, _ in shown], "GFLOP per image"),
         (axes[1], [row.seconds * 1e3 for row, _ in shown], "milliseconds per image, measured on this machine"),

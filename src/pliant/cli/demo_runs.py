@@ -33,7 +33,7 @@ class Setting:
     solver: str
     guidance: float | None
     reference: str | None
-    """What `pliant eval` compares with; None: not in the package, so the distances in the model's folder are shown."""
+    """What to compare with; None: not in the package, so distances that were measured with the model are shown."""
     extractor: str
 
 
@@ -160,8 +160,19 @@ def measure(
             break
 
 
-def judge(rows: list[Row], setting: Setting, stored: dict[str, Any] | None) -> tuple[str | None, int]:
-    """Fill in the distances, measured here or shipped. -> (name of the distance or None, images behind each)."""
+@dataclass(frozen=True)
+class Judgement:
+    """What the distances are."""
+
+    metric: str
+    images: int
+    """Behind each distance."""
+    here: bool
+    """Measured now on this machine, or (for the same plans) when the model was made."""
+
+
+def judge(rows: list[Row], setting: Setting, stored: dict[str, Any] | None) -> Judgement | None:
+    """Fill in the distances: measured here, or shipped with the model. None if there are neither."""
     import torch
 
     from pliant.evaluation import (
@@ -181,17 +192,34 @@ def judge(rows: list[Row], setting: Setting, stored: dict[str, Any] | None) -> t
                 torch.cat(row.features), lambda f: frechet_distance(FeatureStatistics.of(f), reference.statistics)
             )
             row.distance = Distance(found.value, max(0.0, found.low), found.high)
-        return distance_name(extractor), rows[0].images
-    if stored is None:
-        return None, 0
-    for row in rows:
-        values = stored["budgets"].get(f"{row.budget:g}")
-        row.distance = None if values is None else Distance(values["distance"], values["low"], values["high"])
-    return stored["metric"], stored["images"]
+        return Judgement(distance_name(extractor), rows[0].images, True)
+    if stored is None or not all(_recall(row, setting, stored) for row in rows):
+        for row in rows:
+            row.distance = None
+        return None
+    first = next(iter(stored["rows"].values()))
+    return Judgement(str(first["report"]["metric"]), int(stored["settings"]["num"]), False)
+
+
+def _recall(row: Row, setting: Setting, stored: dict[str, Any]) -> bool:
+    """Fill in the distance that was measured for this very plan when the model was made; False if there is none."""
+    from pliant.cli.evaluate import student
+
+    asked = {"steps": setting.steps, "solver": setting.solver, "guidance": setting.guidance or 1.0}
+    if any(stored["settings"].get(key) != value for key, value in asked.items()):
+        return False
+    for found in stored["rows"].values():
+        if found["family"] in ("full", "weak first") and found["flops"] == row.cost.flops:
+            distance = found["report"]["distance"]
+            count = len(distance["values"])
+            reach = student(count - 1) * distance["std"] / count**0.5 if count > 1 else 0.0
+            row.distance = Distance(distance["mean"], max(0.0, distance["mean"] - reach), distance["mean"] + reach)
+            return True
+    return False
 
 
 def stored_quality(name: str) -> dict[str, Any] | None:
-    """`quality.json` of a bundled model: {"metric", "images", "budgets": {"0.6": {"distance", "low", "high"}}}."""
+    """What benchmarks/quality.py wrote into the folder of a bundled model, or None."""
     from pliant.formats.locate import ASSETS
 
     file = ASSETS / name / "quality.json"
