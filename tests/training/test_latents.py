@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from pliant.errors import DataError
-from pliant.training.data import Encoded, ImageSet, LatentSet, autoencoder_encode, autoencoder_scaling, cached_latents
+from pliant.models.autoencoders import config_scaling
+from pliant.training import train
+from pliant.training.data import Encoded, ImageSet, LatentSet, autoencoder_encode, cached_latents
 from pliant.training.draws import Draws
+from support.training import tiny_config
 
 
 def images(n: int = 7) -> ImageSet:
@@ -106,10 +109,51 @@ def test_diffusers_autoencoders(tmp_path: Path) -> None:
     for name, autoencoder in (("kl", kl), ("tiny", tiny)):
         encoded = autoencoder_encode(autoencoder)(images().samples(torch.arange(7), plain(7), Draws.single(7)))
         assert (encoded.std is None) == (name == "tiny")
-        scaling = autoencoder_scaling(autoencoder)
+        scaling = config_scaling(autoencoder)
         data = cached_latents(tmp_path / name, images(), autoencoder_encode(autoencoder), name, scaling=scaling)
         latents = data.samples(torch.arange(7), plain(7), Draws.single(7))
         assert latents.shape == (7, *data.shape)
         if name == "tiny":
             assert torch.allclose(latents, encoded.mean, atol=1e-5)
-    assert autoencoder_scaling(kl) == (0.0, 0.5)
+    assert config_scaling(kl) == (0.0, 0.5)
+
+
+def tiny_autoencoder(folder: Path) -> str:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    autoencoder = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+        scaling_factor=0.7,
+    )
+    autoencoder.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_is_trained_on_the_latents_of_an_image_folder(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for i in range(8):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), (30 * i, 100, 200 - 20 * i)).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    dit = {"input_size": [8, 8], "patch_size": [2, 2], "in_channels": 4, "width": 16, "depth": 1, "heads": 2}
+    data = {
+        "source": str(tmp_path / "data"),
+        "autoencoder": tiny_autoencoder(tmp_path / "autoencoder"),
+        "flip": True,
+    }
+    config = tiny_config(tmp_path / "run", model={"dit": {**dit, "num_classes": 2}}, data=data, steps=2, batch_size=4)
+    result = train(config)
+    stored = result.denoiser.metadata["latents"]
+    assert len(stored["shift"]) == len(stored["scale"]) == 4
+    assert (tmp_path / "run" / "latents" / "latents.json").is_file()
+    # A fine-tuning run keeps the normalisation that the model was trained with, whatever its own data are.
+    weak = {"from": str(result.model_folder), "flexify": {"patch_sizes": [4], "options": {"rank": 2}}}
+    again = tiny_config(
+        tmp_path / "weak", model=weak, data={**data, "limit": 4}, objective={"name": "distill"}, steps=1, batch_size=4
+    )
+    assert train(again).denoiser.metadata["latents"] == stored

@@ -120,7 +120,7 @@ class _Evaluator:
     def _answers(self, x: Tensor, calls: list[Call], places: list[int]) -> list[tuple[Tensor, Tensor | None]]:
         """(value, variance) of every call; a batch of both labels has twice the rows."""
         if len(calls) == 2:
-            packed = packed_pair(self.bound[calls[0]], self.bound[calls[1]], *places, x)
+            packed = packed_pair(self.bound[calls[0]], self.bound[calls[1]], places[0], places[1], x)
             if packed is not None:
                 return packed
         return [

@@ -109,6 +109,10 @@ class DataConfig(Section):
     """Mirror half of the samples left-right."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many images."""
+    autoencoder: str | None = None
+    """Folder or Hub id of a diffusers autoencoder: train on its latents instead of pixels."""
+    latents: str | None = None
+    """Folder that keeps the encoded latents; default: `latents/` in the output folder."""
 
 
 class OptimizerConfig(Section):

@@ -9,6 +9,7 @@ import torch
 
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, DataError
+from pliant.models.autoencoders import config_scaling, downscale_factor, load_autoencoder
 from pliant.models.dit import DiT, DiTConfig
 from pliant.paths import (
     NetworkTime,
@@ -28,7 +29,8 @@ from pliant.training.config import (
     SharedConfig,
     TrainConfig,
 )
-from pliant.training.data import LatentSet, TrainingSet, open_images
+from pliant.training.data import LatentSet, TrainingSet, autoencoder_encode, cached_latents, open_images
+from pliant.training.data.latents import Scaling
 from pliant.training.draws import derived_seed
 from pliant.training.objectives import (
     DDPM,
@@ -146,17 +148,36 @@ def _density(given: str | dict[str, Any]) -> TimeDensity:
     return get_time_density(str(options.pop("name", None)), **options)
 
 
-def build_data(config: DataConfig, denoiser: Denoiser) -> TrainingSet:
-    """The training images at the denoiser's size. Raises DataError if they cannot be used."""
+def build_data(config: TrainConfig, denoiser: Denoiser) -> TrainingSet:
+    """The training set at the denoiser's size: images, or their latents. Raises DataError if they cannot be used."""
     channels, height, width = denoiser.sample_shape
+    if config.data.autoencoder is None:
+        return _images(config.data, channels, (height, width))
+    autoencoder = load_autoencoder(config.data.autoencoder)
+    factor = downscale_factor(autoencoder)
+    size = (height * factor, width * factor)
+    images = _images(config.data, int(getattr(autoencoder.config, "in_channels", 3)), size)
+    return cached_latents(
+        config.data.latents or f"{config.output}/latents",
+        images,
+        autoencoder_encode(autoencoder),
+        f"{config.data.source} ({config.data.split}) at {size[0]}x{size[1]}, {config.data.autoencoder}",
+        scaling=_latent_scaling(config, denoiser, autoencoder),
+        flip=config.data.flip,
+    )
+
+
+def _latent_scaling(config: TrainConfig, denoiser: Denoiser, autoencoder: Any) -> Scaling:
+    """A trained model keeps the normalisation it was trained with; a new one gets latents of unit variance."""
+    stored = denoiser.metadata.get("latents")
+    if stored:
+        return stored["shift"], stored["scale"]
+    return "standardise" if config.model.from_ is None else config_scaling(autoencoder)
+
+
+def _images(config: DataConfig, channels: int, size: tuple[int, int]) -> TrainingSet:
     return open_images(
-        config.source,
-        channels,
-        (height, width),
-        config.split,
-        config.image_column,
-        config.label_column,
-        config.limit,
+        config.source, channels, size, config.split, config.image_column, config.label_column, config.limit
     )
 
 

@@ -73,7 +73,7 @@ def train(
     """
     denoiser = denoiser or setup.build_denoiser(config)
     objective = setup.build_objective(config, denoiser)
-    data = data if data is not None else setup.build_data(config.data, denoiser)
+    data = data if data is not None else setup.build_data(config, denoiser)
     setup.check_data(data, denoiser)
     denoiser = setup.with_data_facts(denoiser, data)
     if sampler is None and config.sampling.every:

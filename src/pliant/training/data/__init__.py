@@ -6,7 +6,6 @@ from pliant.training.data.latents import (
     Encoded,
     LatentSet,
     autoencoder_encode,
-    autoencoder_scaling,
     cached_latents,
 )
 from pliant.training.data.order import EpochOrder
@@ -22,7 +21,6 @@ __all__ = [
     "Source",
     "TrainingSet",
     "autoencoder_encode",
-    "autoencoder_scaling",
     "cached_latents",
     "digits",
     "open_images",

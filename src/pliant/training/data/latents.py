@@ -29,6 +29,9 @@ class Encoded(NamedTuple):
     std: Tensor | None = None
 
 
+Scaling: TypeAlias = tuple[Any, Any] | Literal["standardise"]
+"""(shift, scale), numbers or one per channel: models see `(latent - shift) * scale`. Or computed from the data."""
+
 Encode: TypeAlias = Callable[[Tensor], Encoded]
 """(B, channels, H, W) float32 images in [-1, 1] -> latents."""
 
@@ -45,13 +48,6 @@ def autoencoder_encode(autoencoder: Any) -> Encode:
         return Encoded(out.latents)
 
     return encode
-
-
-def autoencoder_scaling(autoencoder: Any) -> tuple[float, float]:
-    """The (shift, scale) an autoencoder's config prescribes: models see `(latent - shift) * scale`."""
-    config = autoencoder.config
-    shift, scale = getattr(config, "shift_factor", None), getattr(config, "scaling_factor", None)
-    return float(shift or 0.0), float(scale or 1.0)
 
 
 class LatentSet:
@@ -110,7 +106,7 @@ def cached_latents(
     encode: Encode,
     key: str,
     *,
-    scaling: tuple[float, float] | Literal["standardise"] = "standardise",
+    scaling: Scaling = "standardise",
     flip: bool = False,
     batch_size: int = 32,
     shard_size: int = 2048,
@@ -118,7 +114,7 @@ def cached_latents(
     """The latents of `images`, from `folder` if it was made for the same `key` and options, else computed and stored.
 
     key: names the data and the autoencoder, e.g. "cifar10-train, taef2". scaling: the autoencoder's own
-    (`autoencoder_scaling`), or "standardise" to zero mean and unit variance per channel. flip: store mirrored
+    (`config_scaling`), or "standardise" to zero mean and unit variance per channel. flip: store mirrored
     images too. Interrupting leaves no partial cache.
     """
     options = {"key": key, "scaling": scaling, "flip": flip, "count": len(images.labels), "shard_size": shard_size}
@@ -138,7 +134,7 @@ def _write_cache(
     images: TrainingSet,
     encode: Encode,
     key: str,
-    scaling: tuple[float, float] | Literal["standardise"],
+    scaling: Scaling,
     flip: bool,
     batch_size: int,
     shard_size: int,
@@ -165,7 +161,7 @@ def _write_cache(
     if scaling == "standardise":
         shift, scale = mean, 1.0 / std.clamp(min=1e-6)
     else:
-        shift, scale = torch.full_like(mean, scaling[0]), torch.full_like(mean, scaling[1])
+        shift, scale = (torch.as_tensor(v, dtype=mean.dtype).expand_as(mean) for v in scaling)
     index = {
         "format": FORMAT,
         "key": key,
