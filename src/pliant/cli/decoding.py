@@ -48,5 +48,5 @@ def _normalisation(model: Denoiser, autoencoder: Any) -> tuple[Tensor, Tensor]:
     if stored:
         shift, scale = (torch.tensor(stored[k], dtype=torch.float32) for k in ("shift", "scale"))
         return shift[:, None, None], scale[:, None, None]
-    shift, scale = config_scaling(autoencoder)
-    return torch.tensor(shift), torch.tensor(scale)
+    own_shift, own_scale = config_scaling(autoencoder)
+    return torch.tensor(own_shift), torch.tensor(own_scale)
