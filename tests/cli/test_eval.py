@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from pliant.cli.evaluate import student
+from pliant.cli.intervals import bootstrap, student
 from support.cli import Run, refused
 
 pytest.importorskip("sklearn")
@@ -55,3 +56,19 @@ def test_student_quantiles() -> None:
     stats = pytest.importorskip("scipy.stats")
     for freedom in (1, 2, 5, 10, 11, 15, 30, 200):
         assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-3)
+
+
+def test_bootstrap_knows_that_classes_are_balanced() -> None:
+    """Two classes far apart: resampled one by one, their shares would vary and the spread be far too large."""
+    from pliant.evaluation import FeatureStatistics, Reference, frechet_distance
+
+    def draw(seed: int, n: int, shift: float = 0.5) -> torch.Tensor:
+        rows = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+        rows[::2] += 10
+        return rows + shift
+
+    reference = Reference("two clouds", FeatureStatistics.of(draw(999, 20_000, shift=0)))
+    real = [frechet_distance(FeatureStatistics.of(draw(k, 400)), reference.statistics) for k in range(40)]
+    spread = float(torch.tensor(real).std())
+    assert bootstrap(draw(0, 400), reference, 2).standard_error == pytest.approx(spread, rel=0.3)
+    assert bootstrap(draw(0, 400), reference, 1).standard_error > 4 * spread

@@ -175,22 +175,14 @@ def judge(rows: list[Row], setting: Setting, stored: dict[str, Any] | None) -> J
     """Fill in the distances: measured here, or shipped with the model. None if there are neither."""
     import torch
 
-    from pliant.evaluation import (
-        FeatureStatistics,
-        bootstrap_interval,
-        distance_name,
-        frechet_distance,
-        get_extractor,
-        load_reference,
-    )
+    from pliant.cli.intervals import bootstrap
+    from pliant.evaluation import distance_name, get_extractor, load_reference
 
     if setting.reference and rows[0].images >= ENOUGH:
         extractor = get_extractor(setting.extractor)
         reference = load_reference(setting.reference, extractor)
         for row in rows:
-            found = bootstrap_interval(
-                torch.cat(row.features), lambda f: frechet_distance(FeatureStatistics.of(f), reference.statistics)
-            )
+            found = bootstrap(torch.cat(row.features), reference, row.sampler.model.num_classes)
             row.distance = Distance(found.value, max(0.0, found.low), found.high)
         return Judgement(distance_name(extractor), rows[0].images, True)
     if stored is None or not all(_recall(row, setting, stored) for row in rows):
@@ -203,7 +195,7 @@ def judge(rows: list[Row], setting: Setting, stored: dict[str, Any] | None) -> J
 
 def _recall(row: Row, setting: Setting, stored: dict[str, Any]) -> bool:
     """Fill in the distance that was measured for this very plan when the model was made; False if there is none."""
-    from pliant.cli.evaluate import student
+    from pliant.cli.intervals import student
 
     asked = {"steps": setting.steps, "solver": setting.solver, "guidance": setting.guidance or 1.0}
     if any(stored["settings"].get(key) != value for key, value in asked.items()):

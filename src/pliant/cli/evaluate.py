@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json, progress
+from pliant.cli.intervals import interval
 from pliant.cli.planning import PlanOptions, cost_facts, own_precision, plan_from
 from pliant.errors import ConfigError
 
@@ -119,7 +119,7 @@ def evaluate(
         opened.denoiser, chosen, decoder, real, network, num, repeats, seed, batch_size, describe
     )
     seconds = time.perf_counter() - begun
-    bounds = interval(report, features, real, network)
+    bounds = interval(report.distance, features, real, denoiser.num_classes)
     if json:
         emit_json({**report.to_dict(), "interval": bounds, "cost": cost, "seconds": seconds})
         return
@@ -185,39 +185,3 @@ def measure(
             progress=advance,
         )
     return report, features
-
-
-def interval(
-    report: EvaluationReport, features: list[Tensor], reference: Reference, extractor: FeatureExtractor
-) -> dict[str, Any] | None:
-    """A 95 % interval of the distance: Student's over repeats, or a bootstrap over the samples of a single one."""
-    import torch
-
-    from pliant.evaluation import FeatureStatistics, bootstrap_interval, frechet_distance
-
-    values = report.distance.values
-    if len(values) > 1 and report.distance.std is not None:
-        reach = student(len(values) - 1) * report.distance.std / math.sqrt(len(values))
-        mean = report.distance.mean
-        return {
-            "low": max(0.0, mean - reach),
-            "high": mean + reach,
-            "how": f"Student, {len(values)} repeats with other seeds",
-        }
-    if not features:
-        return None
-
-    def distance(rows: Tensor) -> float:
-        return frechet_distance(FeatureStatistics.of(rows), reference.statistics)
-
-    found = bootstrap_interval(torch.cat(features), distance)
-    return {"low": max(0.0, found.low), "high": found.high, "how": "bootstrap over the samples, 100 resamples"}
-
-
-def student(freedom: int) -> float:
-    """97.5 % point of Student's t distribution; exact to three digits (table, then Cornish-Fisher)."""
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    if freedom <= len(table):
-        return table[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
