@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +54,8 @@ def demo(
 
     name = _choose(model)
     setting = demo_runs.SETTINGS[name]
+    if setting.reference == "digits" and importlib.util.find_spec("sklearn") is None:
+        setting = replace(setting, reference=None)  # the digits come with scikit-learn; without it, pictures and times
     opened = open_model(name, device="cpu")
     try:
         out.mkdir(parents=True, exist_ok=True)
