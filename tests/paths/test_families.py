@@ -307,7 +307,7 @@ def test_bad_configs(config: dict[str, object], message: str) -> None:
 
 
 def test_unknown_predictions() -> None:
-    assert known_paths() == ("cosine", "gvp", "linear", "vp", "vp-discrete")
+    assert {"cosine", "gvp", "linear", "vp", "vp-discrete"} <= set(known_paths())
     for call in (
         lambda: prediction_type("eps"),
         lambda: get_path("vp").target("noise", normal(1), normal(1), 0.5),

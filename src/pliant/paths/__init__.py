@@ -1,8 +1,12 @@
 """How data becomes noise: paths, predictions, time conventions and grids."""
 
-from pliant.paths.families import GVP, Cosine, Linear, VPContinuous, VPDiscrete
+from pliant.paths.edm import EDM, PFGMpp
+from pliant.paths.families import GVP, Cosine, Linear, SubVP, VPContinuous, VPDiscrete
+from pliant.paths.interpolants import GaussianInterpolant, Interpolant
+from pliant.paths.mean_reverting import MeanReverting
 from pliant.paths.network_time import NetworkTime
 from pliant.paths.path import Coefficients, Path, get_path, known_paths, like, path_from_config, register_path
+from pliant.paths.preconditioning import Preconditioning
 from pliant.paths.predictions import PREDICTION_TYPES, AlphaSigma, PredictionType, conversion, prediction_type
 from pliant.paths.times import (
     TimeDensity,
@@ -15,15 +19,22 @@ from pliant.paths.times import (
 )
 
 __all__ = [
+    "EDM",
     "GVP",
     "PREDICTION_TYPES",
     "AlphaSigma",
     "Coefficients",
     "Cosine",
+    "GaussianInterpolant",
+    "Interpolant",
     "Linear",
+    "MeanReverting",
     "NetworkTime",
+    "PFGMpp",
     "Path",
+    "Preconditioning",
     "PredictionType",
+    "SubVP",
     "TimeDensity",
     "VPContinuous",
     "VPDiscrete",

@@ -10,11 +10,12 @@ with alpha = a and sigma = sqrt(b^2 + c^2): the view that predictions, solvers a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pliant.errors import ConfigError, ShapeError, suggest
 from pliant.paths.predictions import AlphaSigma, conversion
@@ -62,6 +63,22 @@ class Path(ABC):
     def time_of_log_snr(self, log_snr: float | Tensor) -> Tensor:
         """The t in [0, 1] at which `self.log_snr(t) == log_snr`; values beyond the path's ends give the ends."""
 
+    @property
+    def trained_times(self) -> tuple[float, float]:
+        """(least, most noisy): the times that networks of this path are trained on; `on_path` clips to them."""
+        return 0.0, 1.0
+
+    def offset(self, t: float | Tensor) -> Tensor:
+        """beta(t) of paths that drift to a known image mu, `x_t = alpha*x0 + sigma*eps + beta*mu`; zero on all others.
+
+        Everything else this class says about such a path is about `x_t - beta*mu`. Float64, of t's shape.
+        """
+        return torch.zeros_like(as_time(t))
+
+    def sample_noise(self, shape: Sequence[int], generator: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Noise eps of `shape` (B, ...), on the generator's device: standard normal unless the path has its own law."""
+        return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
+
     def alpha_sigma(self, t: float | Tensor) -> AlphaSigma:
         """The Gaussian view (alpha, sigma, dalpha, dsigma) at t. Raises ConfigError if the source is not Gaussian."""
         if not self.gaussian_source:
@@ -87,10 +104,16 @@ class Path(ABC):
         """Inverse of `noise_ratio`."""
         return self.time_of_log_snr(-torch.log(as_time(ratio)))
 
-    def mix(self, x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
-        """x_t for data x0 and noise eps (B, ...); t a number or (B,)."""
+    def interpolate(self, x0: Tensor, x1: Tensor, z: Tensor, t: float | Tensor) -> Tensor:
+        """x_t for data x0, source x1 and latent noise z (B, ...), any source; t a number or (B,)."""
+        s = self.coefficients(t)
+        return like(s.a, x0) * x0 + like(s.b, x0) * x1 + like(s.c, x0) * z
+
+    def mix(self, x0: Tensor, eps: Tensor, t: float | Tensor, mu: Tensor | None = None) -> Tensor:
+        """x_t for data x0 and noise eps (B, ...); t a number or (B,). mu: what a path with an offset drifts to."""
         s = self.alpha_sigma(t)
-        return like(s.alpha, x0) * x0 + like(s.sigma, x0) * eps
+        x = like(s.alpha, x0) * x0 + like(s.sigma, x0) * eps
+        return x if mu is None else x + like(self.offset(t), x0) * mu
 
     def target(self, kind: str, x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
         """The exact prediction of `kind` for the pair (x0, eps) at t: what a network is trained to output."""
@@ -109,10 +132,21 @@ class Path(ABC):
         p, q = conversion("epsilon", kind, s)
         return like(p, x0) * x + like(q, x0) * eps
 
-    def convert(self, value: Tensor, x: Tensor, t: float | Tensor, kind_from: str, kind_to: str) -> Tensor:
-        """A prediction (B, ...) at state x of one kind as another kind. Identity (the same tensor) for equal kinds."""
+    def convert(
+        self, value: Tensor, x: Tensor, t: float | Tensor, kind_from: str, kind_to: str, mu: Tensor | None = None
+    ) -> Tensor:
+        """A prediction (B, ...) at state x of one kind as another kind. Identity (the same tensor) for equal kinds.
+
+        mu: what a path with an offset drifts to. Raises ConfigError for velocities there: they are ambiguous (with or
+        without beta'*mu).
+        """
         if kind_from == kind_to:
             return value
+        if mu is not None:
+            if moving := sorted({"velocity", "v_prediction"} & {kind_from, kind_to}):
+                raise ConfigError(f"on a path with an offset {moving[0]!r} is ambiguous; use 'epsilon' or 'sample'")
+            # x0 and eps keep their meaning, and x - beta*mu = alpha*x0' + sigma*eps is the plain path.
+            x = x - like(self.offset(t), x) * mu
         p, q = conversion(kind_from, kind_to, self.alpha_sigma(t))
         return like(p, x) * x + like(q, x) * value
 
