@@ -15,12 +15,23 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pliant.adapters.alignment import Alignment, alignment, coarse
+from pliant.adapters.alignment import Alignment, alignment, coarse, preconditioned, seen_from
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, macs
 from pliant.errors import ConfigError, ShapeError
 from pliant.models.dit import DiT, DiTConfig
-from pliant.paths import NetworkTime, Path, PredictionType, like
+from pliant.paths import (
+    Match,
+    NetworkTime,
+    Path,
+    Preconditioning,
+    PredictionType,
+    carried,
+    like,
+    match,
+    path_from_config,
+    prediction_type,
+)
 
 Network: TypeAlias = DiT | FlexiDiT
 
@@ -45,17 +56,45 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What a network was trained as, where that differs from what its denoiser is used as."""
+
+    path: Path
+    prediction: PredictionType
+
+    def to_config(self) -> dict[str, Any]:
+        return {"path": self.path.to_config(), "prediction": self.prediction}
+
+    @staticmethod
+    def from_config(config: dict[str, Any]) -> Trained:
+        return Trained(path_from_config(config["path"]), prediction_type(config["prediction"]))
+
+
+@dataclass(frozen=True)
 class Denoiser:
     """A network with its meaning. Frozen: `dataclasses.replace` makes variants that share the network."""
 
     network: Network
     path: Path
+    """The path that states and times are on."""
     prediction: PredictionType
+    """What calls answer with."""
     network_time: NetworkTime = field(default_factory=NetworkTime)
     metadata: dict[str, Any] = field(default_factory=dict)
     """Facts for people and files: "name", "class_names", "source", "training", ... Never changes a number."""
     forward: Callable[..., Tensor] | None = None
     """What runs the network when it is wrapped (DDP, compile); None: the network itself."""
+    preconditioning: Preconditioning | None = None
+    """The network is EDM's bare F, told c_noise instead of `network_time`; it was trained to predict "sample"."""
+    trained: Trained | None = None
+    """The path and prediction the network itself knows, where `path` is another one: see `on_path`."""
+
+    def __post_init__(self) -> None:
+        if self.preconditioning is not None and self.native.prediction != "sample":
+            raise ConfigError(
+                f"a preconditioned network predicts 'sample', not {self.native.prediction!r}; on_path(path, "
+                f"prediction=...) gives other kinds"
+            )
 
     def __call__(self, x: Tensor, t: float | Tensor, cond: Tensor, compute: Compute | None = None) -> Prediction:
         """Predict at states x (B, C, H, W), house time t (number or (B,)), labels cond (B,) int64.
@@ -68,12 +107,13 @@ class Denoiser:
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         a = self.align(compute, time)
         if a is None:
-            value, variance = self.split(self.run(x, self.network_time.encode(time), cond, compute))
+            value, variance = self.split(self.run(x, self.encode(time), cond, compute))
         else:
-            raw = self.run(like(a.input_scale, x) * x, self.network_time.encode(a.time), cond, compute)
+            raw = self.run(like(a.input_scale, x) * x, self.encode(a.time), cond, compute)
             out, variance = self.split(raw)
             value = like(a.on_state, x) * x + like(a.on_output, x) * out
-            value = value + like(a.on_coarse, x) * coarse(x, self.coarse_ratio(compute))
+            if (ratio := self.coarse_ratio(compute)) != (1, 1):
+                value = value + like(a.on_coarse, x) * coarse(x, ratio)
         return Prediction(value, self.prediction, x, time, self.path, variance)
 
     def run(self, x: Tensor, network_time: Tensor, cond: Tensor, compute: Compute) -> Tensor:
@@ -98,9 +138,47 @@ class Denoiser:
         variance = None
         if self.config.learn_sigma:
             raw, variance = raw.chunk(2, dim=1)
-        if self.prediction == "velocity" and self.network_time.sign < 0:
+        if self.native.prediction == "velocity" and self.network_time.sign < 0:
             raw = -raw
         return raw, variance
+
+    def encode(self, time: Tensor) -> Tensor:
+        """House time on the network's own path (any shape) as the network wants it."""
+        if self.preconditioning is None:
+            return self.network_time.encode(time)
+        return self.preconditioning.c_noise(self.native.path.noise_ratio(time))
+
+    # Other paths --------------------------------------------------------------------------------------------------
+
+    @property
+    def native(self) -> Trained:
+        """What the network itself was trained as."""
+        return self.trained or Trained(self.path, self.prediction)
+
+    def on_path(self, path: Path, prediction: PredictionType | None = None) -> Denoiser:
+        """The same network as a denoiser of another path, and of another prediction kind if one is given.
+
+        Times are matched by noise ratio and states rescaled (sheet C, 15.3); ratios that the network never saw are
+        clipped to those it did: `match(t).clipped` says where, plans record it. Both paths need a Gaussian source.
+        """
+        native = self.native
+        kind = self.prediction if prediction is None else prediction_type(prediction)
+        for p in (native.path, path):
+            _ = p.alpha_sigma(0.5)  # says what is wrong with a source that is not Gaussian
+        same = path == native.path and kind == native.prediction
+        return replace(self, path=path, prediction=kind, trained=None if same else native)
+
+    def match(self, t: float | Tensor) -> Match | None:
+        """Where house times t lie on the path the network was trained on; None if it is this one."""
+        return None if self.trained is None else match(self.trained.path, self.path, t)
+
+    @property
+    def first_time(self) -> float:
+        """The noisiest house time the network can serve without clipping: 1 on its own path."""
+        if self.trained is None:
+            return 1.0
+        last = self.trained.path.log_snr(self.trained.path.trained_times[1])
+        return float(self.path.time_of_log_snr(last.clamp(-1e3, 1e3)))
 
     # What the network is ------------------------------------------------------------------------------------------
 
@@ -146,13 +224,33 @@ class Denoiser:
         raise ConfigError(f"this model has patch sizes {known}, not {wanted}; add it with pliant.flexify")
 
     def align(self, compute: Compute, t: Tensor) -> Alignment | None:
-        """How calls with this compute at house times t (any shape) are fed and read; None: as they are."""
-        if not isinstance(self.network, FlexiDiT) or compute.patch is None:
-            return None
-        pixels = self.network.aligned_pixels(self.patch_of(compute))
-        if pixels == 1:
-            return None
-        return alignment(self.path, self.prediction, t, pixels, self.network.spec.missing_power)
+        """How calls with this compute at house times t (any shape) are fed and read; None: as they are.
+
+        Raises ConfigError where the network's prediction does not say what is asked of it.
+        """
+        found = self.match(t)
+        if found is None:
+            return self._native_align(compute, t)
+        native = self.native
+        p, q = carried(native.path, found.time, native.prediction, self.path, t, self.prediction)
+        if not bool((torch.isfinite(p) & torch.isfinite(q)).all()):
+            raise ConfigError(
+                f"at some time the network's {native.prediction} prediction does not determine {self.prediction} on "
+                f"path {self.path.name!r}; keep to times between 0.001 and 0.999"
+            )
+        one, zero = torch.ones_like(p), torch.zeros_like(p)
+        inner = self._native_align(compute, found.time) or Alignment(one, found.time, zero, zero, one)
+        return seen_from(inner, found, p, q)
+
+    def _native_align(self, compute: Compute, t: Tensor) -> Alignment | None:
+        """The same on the network's own path, for the kind it was trained to predict."""
+        path, kind = self.native.path, self.native.prediction
+        pixels = 1
+        if isinstance(self.network, FlexiDiT) and compute.patch is not None:
+            pixels = self.network.aligned_pixels(self.patch_of(compute))
+        if pixels != 1 and isinstance(self.network, FlexiDiT):
+            return alignment(path, kind, t, pixels, self.network.spec.missing_power, self.preconditioning)
+        return None if self.preconditioning is None else preconditioned(path, self.preconditioning, t)
 
     def coarse_ratio(self, compute: Compute) -> tuple[int, int]:
         """How much coarser this compute's patches are, per axis."""
@@ -208,12 +306,17 @@ class Denoiser:
         network: dict[str, Any] = {"dit": self.config.to_dict()}
         if isinstance(self.network, FlexiDiT):
             network["flex"] = self.network.spec.to_dict()
-        return {
+        identity = {
             "network": network,
             "path": self.path.to_config(),
             "prediction": self.prediction,
             "network_time": self.network_time.to_config(),
         }
+        if self.preconditioning is not None:
+            identity["preconditioning"] = self.preconditioning.to_config()
+        if self.trained is not None:
+            identity["trained"] = self.trained.to_config()
+        return identity
 
     def fingerprint(self) -> str:
         """12 hex digits that recognise the model a plan was made for: `identity()` without its added patch sizes.

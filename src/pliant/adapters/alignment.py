@@ -10,6 +10,7 @@ speaks about the clean coarse image, is turned back into a prediction at (x_t, t
     x0_weak = U x0_low + c * (x_t - U P x_t),             c = alpha_t w / (alpha_t^2 w + sigma_t^2)
     prediction = p'_t * x_t + q'_t * x0_weak
 
+A preconditioned network says `x0 = c_skip y + c_out m` when fed with c_in y: other p, q and scale.
 c is the best linear guess of the missing band if its pixels have variance w. w = 0 guesses nothing (sheet H, section
 0; for rectified flow `v = (x - U x0_low)/t`): that makes weak steps exactly those of a coarse sampler, but the
 prediction grows like 1/t towards the data, where no training can make up for it. Everything is linear with
@@ -21,14 +22,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pliant.paths import Path, PredictionType, conversion
+from pliant.paths import Match, Path, Preconditioning, PredictionType, conversion
+from pliant.paths.path import as_time
 
 
 class Alignment(NamedTuple):
-    """Coefficients of an aligned weak call, float64, of the shape of t."""
+    """How a call is fed and read, float64, of the shape of t: `on_state*x + on_coarse*U P x + on_output*network(input)`
+    with the input `input_scale*x` at house `time` of the network's own path.
+    """
 
     input_scale: Tensor
     time: Tensor
@@ -45,8 +50,27 @@ def aligned_time(path: Path, t: float | Tensor, pixels: int) -> Tensor:
     return path.time_of_log_snr(path.log_snr(t) + 0.5 * math.log(pixels))
 
 
+def preconditioned(path: Path, preconditioning: Preconditioning, t: float | Tensor) -> Alignment:
+    """A preconditioned network as a denoiser of kind "sample"."""
+    time, s = as_time(t), path.alpha_sigma(t)
+    c = preconditioning.coefficients(s.sigma, s.alpha)
+    return Alignment(c.inp, time, c.skip, torch.zeros_like(c.skip), c.out)
+
+
+def seen_from(a: Alignment, m: Match, p: Tensor, q: Tensor) -> Alignment:
+    """The same call from another path: its states y are `m.scale * x`, its prediction is read as `p*y + q*value`."""
+    return Alignment(
+        m.scale * a.input_scale, a.time, m.scale * (p + q * a.on_state), m.scale * q * a.on_coarse, q * a.on_output
+    )
+
+
 def alignment(
-    path: Path, prediction: PredictionType, t: float | Tensor, pixels: int, missing_power: float = 0.0
+    path: Path,
+    prediction: PredictionType,
+    t: float | Tensor,
+    pixels: int,
+    missing_power: float = 0.0,
+    preconditioning: Preconditioning | None = None,
 ) -> Alignment:
     """The coefficients at t for blocks of `pixels` = rh*rw fine pixels; `missing_power` is w. Undefined at t = 0."""
     here = path.alpha_sigma(t)
@@ -55,9 +79,13 @@ def alignment(
     # alpha_tau/alpha_t, written with sigma because alpha may vanish at t = 1: k*sigma_tau/sigma_t, by definition.
     scale = math.sqrt(pixels) * there.sigma / here.sigma
     guess = here.alpha * missing_power / (here.alpha**2 * missing_power + here.sigma**2)
-    p_low, q_low = conversion(prediction, "sample", there)
+    inp = torch.ones_like(scale)
+    if preconditioning is None:
+        p_low, q_low = conversion(prediction, "sample", there)
+    else:
+        p_low, q_low, inp, _ = preconditioning.coefficients(there.sigma, there.alpha)
     p_out, q_out = conversion("sample", prediction, here)
-    return Alignment(scale, tau, p_out + q_out * guess, q_out * (p_low * scale - guess), q_out * q_low)
+    return Alignment(scale * inp, tau, p_out + q_out * guess, q_out * (p_low * scale - guess), q_out * q_low)
 
 
 def coarse(x: Tensor, ratio: tuple[int, int]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.adapters.spec import FlexSpec
-from pliant.denoiser import Denoiser, Network
+from pliant.denoiser import Denoiser, Network, Trained
 from pliant.errors import FormatError, PliantError
 from pliant.files import replaced_folder, write_json
 from pliant.formats.source import dit_of, meta_dit, owned
 from pliant.models.dit import DiT, DiTConfig
-from pliant.paths import NetworkTime, Path, PredictionType, path_from_config, prediction_type
+from pliant.paths import NetworkTime, Path, Preconditioning, PredictionType, path_from_config, prediction_type
 
 FORMAT, VERSION = "pliant", 1
 MODEL_FILE, ADAPTER_FILE, CONFIG_FILE = "model.safetensors", "adapter.safetensors", "config.json"
@@ -89,6 +90,19 @@ class Meaning(NamedTuple):
     prediction: PredictionType
     network_time: NetworkTime
     metadata: dict[str, Any]
+    preconditioning: Preconditioning | None
+    trained: Trained | None
+
+    def denoiser(self, network: Network) -> Denoiser:
+        return Denoiser(
+            network,
+            self.path,
+            self.prediction,
+            self.network_time,
+            self.metadata,
+            preconditioning=self.preconditioning,
+            trained=self.trained,
+        )
 
 
 def parse(config: dict[str, Any], where: object) -> Meaning:
@@ -99,6 +113,7 @@ def parse(config: dict[str, Any], where: object) -> Meaning:
         raise FormatError(f"{where} has config version {config.get('version')!r}, this Pliant reads version {VERSION}")
     try:
         flex = config["network"].get("flex")
+        preconditioning, trained = config.get("preconditioning"), config.get("trained")
         return Meaning(
             dit=DiTConfig.from_dict(config["network"]["dit"]),
             flex=FlexSpec.from_dict(flex) if flex else None,
@@ -106,6 +121,8 @@ def parse(config: dict[str, Any], where: object) -> Meaning:
             prediction=prediction_type(config["prediction"]),
             network_time=NetworkTime.from_config(config["network_time"]),
             metadata=dict(config.get("metadata", {})),
+            preconditioning=Preconditioning.from_config(preconditioning) if preconditioning else None,
+            trained=Trained.from_config(trained) if trained else None,
         )
     except KeyError as error:
         raise FormatError(f"{where} lacks the field {error.args[0]!r}") from None
@@ -117,13 +134,13 @@ def parse(config: dict[str, Any], where: object) -> Meaning:
 
 def build(config: dict[str, Any], where: object) -> Denoiser:
     """An untrained denoiser as a config describes it. Raises FormatError naming what is missing or unknown."""
-    dit, flex, path, prediction, network_time, metadata = parse(config, where)
+    meaning = parse(config, where)
     try:
-        base = DiT(dit)
-        network: Network = FlexiDiT(base, flex) if flex else base
+        base = DiT(meaning.dit)
+        network: Network = FlexiDiT(base, meaning.flex) if meaning.flex else base
+        return meaning.denoiser(network)
     except PliantError as error:
         raise FormatError(f"{where}: {error}") from None
-    return Denoiser(network, path, prediction, network_time, metadata)
 
 
 def count_parameters(file: FilePath) -> int:
@@ -149,7 +166,7 @@ def load(folder: str | FilePath) -> Denoiser:
     if meaning.flex is None:
         _check_fit(meta_dit(meaning.dit).state_dict(), tensors, file)
         network: Network = dit_of(meaning.dit, {name: owned(tensor) for name, tensor in tensors.items()})
-        return Denoiser(network, meaning.path, meaning.prediction, meaning.network_time, meaning.metadata)
+        return meaning.denoiser(network)
     denoiser = build(config, folder / CONFIG_FILE)
     assign(denoiser.network, tensors, file)
     denoiser.network.eval()
@@ -189,4 +206,4 @@ def load_adapter(denoiser: Denoiser, folder: str | FilePath) -> Denoiser:
         network.load_adapter_state_dict(read_tensors(folder / ADAPTER_FILE))
     except PliantError as error:
         raise FormatError(f"{folder}: {error}") from None
-    return Denoiser(network.eval(), denoiser.path, denoiser.prediction, denoiser.network_time, dict(denoiser.metadata))
+    return replace(denoiser, network=network.eval(), metadata=dict(denoiser.metadata), forward=None)

@@ -3,6 +3,7 @@
 from pliant.paths.edm import EDM, PFGMpp
 from pliant.paths.families import GVP, Cosine, Linear, SubVP, VPContinuous, VPDiscrete
 from pliant.paths.interpolants import GaussianInterpolant, Interpolant
+from pliant.paths.matching import Match, carried, match
 from pliant.paths.mean_reverting import MeanReverting
 from pliant.paths.network_time import NetworkTime
 from pliant.paths.path import Coefficients, Path, get_path, known_paths, like, path_from_config, register_path
@@ -28,6 +29,7 @@ __all__ = [
     "GaussianInterpolant",
     "Interpolant",
     "Linear",
+    "Match",
     "MeanReverting",
     "NetworkTime",
     "PFGMpp",
@@ -38,6 +40,7 @@ __all__ = [
     "TimeDensity",
     "VPContinuous",
     "VPDiscrete",
+    "carried",
     "conversion",
     "default_times",
     "get_path",
@@ -45,6 +48,7 @@ __all__ = [
     "known_paths",
     "like",
     "log_snr_times",
+    "match",
     "path_from_config",
     "prediction_type",
     "register_path",

@@ -24,7 +24,7 @@ _BETA_MIN, _BETA_SLOPE, _STEPS = 0.1, 19.9, 1000  # score SDE's VP, and the netw
 
 
 class Preconditioned(NamedTuple):
-    """The four numbers of one call, float64, of sigma's shape."""
+    """The four numbers of one call, `x0 = skip*x + out*F(inp*x, noise)`, float64, of sigma's shape."""
 
     skip: Tensor
     out: Tensor
@@ -50,19 +50,19 @@ class Preconditioning:
         if self.sigma_data <= 0.0:
             raise ConfigError(f"sigma_data must be positive, got {self.sigma_data}")
 
-    def coefficients(self, sigma: float | Tensor) -> Preconditioned:
-        """(c_skip, c_out, c_in, c_noise) at these noise levels."""
-        sigma = as_time(sigma)
-        one = torch.ones_like(sigma)
+    def coefficients(self, sigma: float | Tensor, alpha: float | Tensor = 1.0) -> Preconditioned:
+        """(c_skip, c_out, c_in, c_noise) at these noise levels; for states alpha*x0 + sigma*eps if alpha is given."""
+        noise, signal = torch.broadcast_tensors(as_time(sigma), as_time(alpha))
+        n = noise / signal
         if self.kind == "edm":
-            total = torch.hypot(sigma, one * self.sigma_data)
-            # Written with ratios, so that sigma = inf (pure noise) gives its limits.
-            skip, out = (self.sigma_data / total) ** 2, self.sigma_data / torch.hypot(self.sigma_data / sigma, one)
-            return Preconditioned(skip, out, 1.0 / total, 0.25 * torch.log(sigma))
+            # c(n)/alpha, multiplied out: finite where alpha = 0, that is for pure noise.
+            total = torch.hypot(noise, signal * self.sigma_data)
+            skip, out = signal * (self.sigma_data / total) ** 2, self.sigma_data * noise / total
+            return Preconditioned(skip, out, 1.0 / total, 0.25 * torch.log(n))
         if self.kind == "ve":
-            return Preconditioned(one, sigma, one, torch.log(0.5 * sigma))
-        noise = (_STEPS - 1.0) * vp_time(sigma) if self.kind == "vp" else _STEPS - 1.0 - _nearest(sigma)
-        return Preconditioned(one, -sigma, torch.rsqrt(1.0 + sigma**2), noise)
+            return Preconditioned(1.0 / signal, n, 1.0 / signal, torch.log(0.5 * n))
+        step = (_STEPS - 1.0) * vp_time(n) if self.kind == "vp" else _STEPS - 1.0 - _nearest(n)
+        return Preconditioned(1.0 / signal, -n, 1.0 / torch.hypot(noise, signal), step)
 
     def c_skip(self, sigma: float | Tensor) -> Tensor:
         return self.coefficients(sigma).skip

@@ -34,8 +34,8 @@ def prediction_type(name: str) -> PredictionType:
     return name
 
 
-def _row(kind: PredictionType, s: AlphaSigma) -> tuple[Tensor, Tensor]:
-    """Coefficients (u, w) with `P = u*x0 + w*eps`."""
+def row(kind: str, s: AlphaSigma) -> tuple[Tensor, Tensor]:
+    """Coefficients (u, w) of a prediction kind: `P = u*x0 + w*eps`."""
     zero, one = torch.zeros_like(s.alpha), torch.ones_like(s.alpha)
     if kind == "epsilon":
         return zero, one
@@ -59,7 +59,7 @@ def conversion(kind_from: str, kind_to: str, s: AlphaSigma) -> tuple[Tensor, Ten
     source, target = prediction_type(kind_from), prediction_type(kind_to)
     if source == target:
         return torch.zeros_like(s.alpha), torch.ones_like(s.alpha)
-    u, w = _row(source, s)
-    u2, w2 = _row(target, s)
+    u, w = row(source, s)
+    u2, w2 = row(target, s)
     det = s.alpha * w - s.sigma * u
     return (u2 * w - w2 * u) / det, (w2 * s.alpha - u2 * s.sigma) / det

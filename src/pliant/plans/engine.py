@@ -107,7 +107,7 @@ class BoundCalls:
             house = a.time
             columns = (a.input_scale, a.on_state, a.on_coarse, a.on_output)
             self.aligned = [_Aligned(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
-        self.network_times = denoiser.network_time.encode(house).float().to(denoiser.device)
+        self.network_times = denoiser.encode(house).float().to(denoiser.device)
         self.labels = labels
         self.table = None if lowered.plain is None else ModulationTable(lowered.plain, self.network_times, labels)
 
@@ -130,8 +130,10 @@ class BoundCalls:
         value, variance = denoiser.split(raw)
         if self.aligned:
             a = self.aligned[k]
-            low = coarse(x, denoiser.coarse_ratio(lowered.compute))
-            value = (x * a.on_state).add_(low, alpha=a.on_coarse).add_(value.to(x.dtype), alpha=a.on_output)
+            read = x * a.on_state
+            if (ratio := denoiser.coarse_ratio(lowered.compute)) != (1, 1):
+                read.add_(coarse(x, ratio), alpha=a.on_coarse)
+            value = read.add_(value.to(x.dtype), alpha=a.on_output)
         return value, variance
 
 

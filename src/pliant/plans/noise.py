@@ -9,20 +9,29 @@ import torch
 from torch import Tensor
 
 from pliant.errors import PlanError
+from pliant.paths import Path
 
 
-def seeded_noise(seed: int, slot: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 (CPU) for one sample. slot -1 is the start state, slot k >= 0 a program's noise k."""
+def seeded_noise(seed: int, slot: int, shape: Sequence[int], path: Path | None = None) -> Tensor:
+    """Standard normal float32 (CPU) for one sample. slot -1 is the start state, slot k >= 0 a program's noise k.
+
+    path: whose law of noise to use instead (PFGM++'s start states); on Gaussian paths the numbers are the same.
+    """
     if slot < 0:
         mixed = seed
     else:
         mixed = int.from_bytes(hashlib.blake2b(f"{seed}/{slot}".encode(), digest_size=8).digest(), "little") >> 1
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(mixed))
+    generator = torch.Generator().manual_seed(mixed)
+    if path is not None:
+        return path.sample_noise((1, *shape), generator)[0]
+    return torch.randn(tuple(shape), generator=generator)
 
 
-def batch_noise(seeds: Sequence[int], slot: int, shape: Sequence[int], device: torch.device) -> Tensor:
+def batch_noise(
+    seeds: Sequence[int], slot: int, shape: Sequence[int], device: torch.device, path: Path | None = None
+) -> Tensor:
     """(B, *shape): one independent draw per seed."""
-    return torch.stack([seeded_noise(s, slot, shape) for s in seeds]).to(device)
+    return torch.stack([seeded_noise(s, slot, shape, path) for s in seeds]).to(device)
 
 
 def check_seeds(seeds: Sequence[int], count: int) -> list[int]:

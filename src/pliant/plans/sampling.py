@@ -60,7 +60,7 @@ class Sampler:
             start = self.program.start
             # For data of unit variance this is the path's own spread at the start: 1 on variance-preserving paths.
             scale = (start.alpha**2 + start.sigma**2) ** 0.5
-            x = batch_noise(seeds, -1, model.sample_shape, model.device) * scale
+            x = batch_noise(seeds, -1, model.sample_shape, model.device, model.path) * scale
         elif tuple(x.shape) != (len(labels), *model.sample_shape):
             raise PlanError(f"the start state must be {(len(labels), *model.sample_shape)}, got {tuple(x.shape)}")
         evaluate = _Evaluator(self, labels)
