@@ -1,0 +1,21 @@
+"""Pliant inside other libraries. Everything here is loaded on first use: it needs the library it integrates with."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    "ProgramScheduler": "pliant.integrations.diffusers_schedulers",
+}
+
+__all__ = sorted(_PUBLIC)
+
+if TYPE_CHECKING:
+    from pliant.integrations.diffusers_schedulers import ProgramScheduler as ProgramScheduler
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pliant.integrations' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
