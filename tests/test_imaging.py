@@ -27,7 +27,7 @@ def test_enlarging_repeats() -> None:
 
 def test_grid_is_row_major_and_fills_up() -> None:
     tiles = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2)
-    assert imaging.grid(tiles, 2)[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 255, 255], [2, 2, 255, 255]]
+    assert imaging.grid(tiles, 2, gap=0)[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 255, 255], [2, 2, 255, 255]]
     assert imaging.grid(tiles, 3, gap=1).shape == (1, 2, 8)
 
 

@@ -39,7 +39,11 @@ def enlarged(pixels: Tensor, zoom: int) -> Tensor:
     return pixels.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
 
 
-def grid(pixels: Tensor, columns: int, gap: int = 0, background: int = 255) -> Tensor:
+GAP = 4
+"""Pixels between the images of a sheet."""
+
+
+def grid(pixels: Tensor, columns: int, gap: int = GAP, background: int = 255) -> Tensor:
     """(N, C, H, W) uint8 -> one picture (C, rows*H + ..., columns*W + ...), row-major; missing tiles are background."""
     count, channels, height, width = pixels.shape
     rows = -(-count // columns)

@@ -27,7 +27,7 @@ def test_a_sheet_holds_its_full_recipe(flexible: Path, tmp_path: Path, run: Run)
     assert report["images"] == 3
     assert report["files"] == [str(file)]
     with Image.open(file) as picture:
-        assert picture.size == (3 * 64, 64)
+        assert picture.size == (3 * 64 + 2 * imaging.GAP, 64)
         recipe = json.loads(picture.text["pliant"])  # type: ignore[attr-defined]
     assert recipe["classes"] == [0, 1, 2]
     assert recipe["seeds"] == [7, 8, 9]
@@ -137,7 +137,7 @@ def test_latents_through_an_autoencoder(latent: Path, tmp_path: Path, run: Run) 
     file = tmp_path / "x.png"
     assert run("sample", latent, *FAST, "--decode", tmp_path / "ae", "--zoom", 1, "-o", file).code == 0
     with Image.open(file) as picture:
-        assert (picture.size, picture.mode) == ((3 * 16, 16), "RGB")
+        assert (picture.size, picture.mode) == ((3 * 16 + 2 * imaging.GAP, 16), "RGB")
     assert run("sample", "--replay", file, "-o", tmp_path / "y.png").code == 0
     assert file.read_bytes() == (tmp_path / "y.png").read_bytes()
     refused(run("sample", latent, *FAST, "--decode", latent), "not a diffusers autoencoder")

@@ -223,7 +223,7 @@ def test_grids(tmp_path: Path) -> None:
     sampling = {"every": 1, "steps": 2, "solver": "euler", "guidance": 2.0, "rows": 2}
     train(tiny_config(tmp_path, steps=1, sampling=sampling), quiet=True)
     with Image.open(tmp_path / "samples" / "step-000001.png") as image:
-        assert image.size == (10 * 64, 2 * 64)
+        assert image.size == (10 * 64 + 9 * 4, 2 * 64 + 4)
 
 
 def test_a_failing_sampler_does_not_stop_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -47,7 +47,7 @@ def run_batches(
 
 def picture(recipe: Recipe, pixels: Tensor) -> Tensor:
     """(N, C, H, W) uint8, what the recipe shows in order -> the one picture (C, H', W')."""
-    return imaging.enlarged(imaging.grid(pixels, recipe.columns), recipe.zoom)
+    return imaging.grid(imaging.enlarged(pixels, recipe.zoom), recipe.columns)
 
 
 def png(recipe: Recipe, pixels: Tensor) -> bytes:

@@ -42,7 +42,8 @@ def save_grid(images: Tensor, file: Path, columns: int) -> None:
     NaN, which an early average can produce, becomes black. Raises DataError for other channel counts, OSError.
     """
     pixels = imaging.to_pixels(torch.nan_to_num(images, nan=-1.0))
-    sheet = imaging.grid(pixels, min(columns, len(pixels)))
+    large = imaging.enlarged(pixels, imaging.zoom_for(*pixels.shape[2:]))
+    sheet = imaging.grid(large, min(columns, len(pixels)))
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(file) as temporary:
-        temporary.write_bytes(imaging.encode_png(imaging.enlarged(sheet, imaging.zoom_for(*pixels.shape[2:]))))
+        temporary.write_bytes(imaging.encode_png(sheet))
