@@ -2,8 +2,8 @@
 
 Two Gaussian paths with the same noise ratio sigma/alpha hold the same states up to a factor, and the pair (x0, eps)
 does not depend on the path at all. So a network trained on path A serves path B: it is shown `scale * x` and told A's
-time of equal noise ratio, and what it says about the pair is B's prediction. Exact for independent couplings of data and
-noise; for reflowed models it is a change of variables that keeps trajectories but not the meaning of the score.
+time of equal noise ratio, and what it says about the pair is B's prediction. Exact for independent couplings of data
+and noise; for reflowed models it is a change of variables that keeps trajectories but not the meaning of the score.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time grids for sampling and time densities for training. Pure functions; every grid is float64 and decreasing."""
+"""The basic time grids and time densities for training. Grids are float64 and decreasing; more are in `grids.py`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ def uniform_times(steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
     return torch.linspace(start, end, steps + 1, dtype=torch.float64)
 
 
-def shifted_times(times: Tensor, shift: float) -> Tensor:
-    """SD3's shift `s t / (1 + (s-1) t)` (arXiv 2403.03206): s > 1 spends more steps near noise; 1 changes nothing."""
-    if shift <= 0:
-        raise PlanError(f"the time shift must be positive, got {shift}")
-    return shift * times / (1.0 + (shift - 1.0) * times)
+def needs_log_snr(path: Path, grid: str) -> None:
+    """Raise PlanError for a path without a log-SNR, which a grid of this name spaces."""
+    if not path.gaussian_source:
+        raise PlanError(
+            f"a {grid!r} grid spaces noise ratios, but path {path.name!r} has none: its source is not Gaussian. "
+            f"Use 'uniform', 'quadratic', 'sigmoid' or 'shifted'"
+        )
 
 
 def log_snr_times(path: Path, steps: int, start: float = 1.0, end: float = 0.0, last: float = 1e-3) -> Tensor:
@@ -39,6 +41,7 @@ def log_snr_times(path: Path, steps: int, start: float = 1.0, end: float = 0.0, 
     a start with alpha = 0 is moved to 1 - 1e-3 for the spacing only (the grid still begins at `start`).
     """
     _check_steps(steps)
+    needs_log_snr(path, "log-snr")
     if steps == 1:
         return torch.tensor([start, end], dtype=torch.float64)
     first = start if bool(torch.isfinite(path.log_snr(start))) else start - 1e-3
@@ -82,12 +85,6 @@ def respaced_times(path: VPDiscrete, spec: str | int) -> Tensor:
     steps = _spaced_timesteps(path.num_timesteps, str(spec))
     times = path.time_of_timestep(torch.tensor(sorted(set(steps)), dtype=torch.float64))
     return torch.cat([times.flip(0), torch.zeros(1, dtype=torch.float64)])
-
-
-def default_times(path: Path, steps: int) -> Tensor:
-    """The grid users get when they name only a number of steps: DiT's respacing on tables, uniform in t elsewhere."""
-    _check_steps(steps)
-    return respaced_times(path, steps) if isinstance(path, VPDiscrete) else uniform_times(steps)
 
 
 class TimeDensity(Protocol):

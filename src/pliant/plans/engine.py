@@ -154,7 +154,12 @@ def packed_pair(
         return None
     pairs = ((first, k_first), (second, k_second))
     calls = [
-        Call(b.scaled(k, x), b.network_times[k].expand(len(x)), b.labels, b.lowered.denoiser.patch_of(b.lowered.compute))
+        Call(
+            b.scaled(k, x),
+            b.network_times[k].expand(len(x)),
+            b.labels,
+            b.lowered.denoiser.patch_of(b.lowered.compute),
+        )
         for b, k in pairs
     ]
     raw = packed_forward(network, calls, approach)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from pliant.denoiser import Denoiser
 from pliant.errors import PlanError, PliantError, suggest
 from pliant.files import write_json
 from pliant.guidance import Guidance
-from pliant.paths import Path, default_times, path_from_config
+from pliant.paths import Path, make_grid, path_from_config
 from pliant.plans.cost import PlanCost, plan_cost
 from pliant.solvers import Program, Solver, SolverLike, compile_program, get_solver
 
 FORMAT, VERSION = "pliant-plan", 1
+
+Times: TypeAlias = Tensor | Sequence[float] | str | Mapping[str, Any] | None
+"""House times, or the name or options of a grid, or the default."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,13 @@ class Plan:
         solver: SolverLike = "dpmpp-2m",
         compute: Compute | None = None,
         guidance: float | Guidance | None = None,
-        times: Tensor | Sequence[float] | None = None,
+        times: Times = None,
     ) -> Plan:
-        """The same solver, compute and guidance at every step. `times`: steps+1 house times (default: the path's)."""
+        """The same solver, compute and guidance at every step.
+
+        times: steps+1 house times, or a grid of `pliant.paths.GRIDS` by name ("karras") or with options ({"name":
+        "shifted", "shift": 3}); by default the path's own.
+        """
         from pliant.plans.presets import uniform
 
         return uniform(model, steps, solver, compute, guidance, times)
@@ -237,14 +244,31 @@ def check_step(step: Step, model: Denoiser) -> None:
         raise PlanError(f"guidance asks for {channels} channels, the model has {model.config.in_channels}")
 
 
-def make_times(path: Path, steps: int, times: Tensor | Sequence[float] | None) -> list[float]:
-    """The grid a preset uses: the given one, or the path's default for `steps`."""
-    if times is None:
-        return default_times(path, steps).tolist()
-    grid = torch.as_tensor(times, dtype=torch.float64).tolist()
-    if len(grid) != steps + 1:
-        raise PlanError(f"{steps} steps need {steps + 1} times, got {len(grid)}")
-    return list(grid)
+def make_times(model: Denoiser, steps: int, times: Times) -> list[float]:
+    """The grid a preset uses: the given one, or the path's default for `steps`.
+
+    For a network from another path, a grid that is made here starts where that network's noise does, not beyond.
+    """
+    if times is not None and not isinstance(times, str | Mapping):
+        given: list[float] = torch.as_tensor(times, dtype=torch.float64).tolist()
+        if len(given) != steps + 1:
+            raise PlanError(f"{steps} steps need {steps + 1} times, got {len(given)}")
+        return given
+    grid: list[float] = make_grid(model.path, steps, times or "default").tolist()
+    if grid[1] < model.first_time < grid[0]:
+        grid[0] = model.first_time
+    return grid
+
+
+def how_timed(model: Denoiser, times: Times, grid: Sequence[float]) -> dict[str, Any]:
+    """Provenance of a grid: its name if it has one, and the starts of steps where the network's noise was clipped."""
+    found: dict[str, Any] = {}
+    if isinstance(times, str | Mapping):
+        found["times"] = times if isinstance(times, str) else dict(times)
+    matched = model.match(torch.tensor(grid[:-1], dtype=torch.float64))
+    if matched is not None and bool(matched.clipped.any()):
+        found["clipped"] = [t for t, clipped in zip(grid, matched.clipped.tolist(), strict=False) if clipped]
+    return found
 
 
 def made_for(model: Denoiser) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
+from typing import Any
 
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser
@@ -12,7 +10,7 @@ from pliant.errors import PlanError
 from pliant.guidance import Guidance, weak_scale
 from pliant.plans.budget import Budget, parse_budget
 from pliant.plans.cost import call_flops, evaluations_per_step
-from pliant.plans.plan import Plan, Step, made_for, make_times
+from pliant.plans.plan import Plan, Step, Times, how_timed, made_for, make_times
 from pliant.solvers import SolverLike, get_solver
 
 BUDGET_SLACK = 5e-4
@@ -32,13 +30,14 @@ def uniform(
     solver: SolverLike = "dpmpp-2m",
     compute: Compute | None = None,
     guidance: float | Guidance | None = None,
-    times: Tensor | Sequence[float] | None = None,
+    times: Times = None,
 ) -> Plan:
     """The same solver, compute and guidance at every step."""
-    grid = make_times(model.path, steps, times)
+    grid = make_times(model, steps, times)
     chosen, compute = get_solver(solver), compute or Compute()
     rows = tuple(Step(t, chosen, compute, as_guidance(guidance)) for t in grid[:-1])
-    plan = Plan(rows, model.path, grid[-1], made_for(model), provenance={"preset": "uniform"})
+    provenance = {"preset": "uniform", **how_timed(model, times, grid)}
+    plan = Plan(rows, model.path, grid[-1], made_for(model), provenance=provenance)
     plan.check(model)
     return plan
 
@@ -62,7 +61,7 @@ def weak_to_powerful(
     solver: SolverLike = "dpmpp-2m",
     guidance: float | None = None,
     guided_channels: int | None = None,
-    times: Tensor | Sequence[float] | None = None,
+    times: Times = None,
     weak_last: bool = False,
     reset_history_on_switch: bool = False,
 ) -> Plan:
@@ -77,7 +76,7 @@ def weak_to_powerful(
     if (budget is None) == (weak_steps is None):
         raise PlanError("give either a budget or a number of weak steps")
     weak, powerful = weak or weakest(model), powerful or Compute()
-    grid = make_times(model.path, steps, times)
+    grid = make_times(model, steps, times)
     chosen = get_solver(solver)
     scale = None if guidance is None or guidance == 1.0 else float(guidance)
     between = weak_guidance_steps or 0
@@ -94,7 +93,8 @@ def weak_to_powerful(
         return tuple(Step(t, s.solver, s.compute, s.guidance) for t, s in zip(grid[:-1], ordered, strict=True))
 
     def plan(count: int) -> Plan:
-        provenance = {"preset": "weak-to-powerful", "weak_steps": count, "weak_guidance_steps": between}
+        provenance: dict[str, Any] = {"preset": "weak-to-powerful", "weak_steps": count, "weak_guidance_steps": between}
+        provenance.update(how_timed(model, times, grid))
         if weak_last:
             provenance["preset"] = "powerful-to-weak"
         return Plan(rows(count), model.path, grid[-1], made_for(model), reset_history_on_switch, provenance)
