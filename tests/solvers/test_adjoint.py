@@ -107,8 +107,9 @@ def test_memory_does_not_grow_with_steps():
 # The continuous adjoint -------------------------------------------------------------------------------------------
 
 
-def log_ratio_times(path, steps, first=4.0, last=math.log(1e-3)):
+def log_ratio_times(path, steps, first=4.0, last=None):
     """steps+1 times uniform in ln(rho) from rho = e^first to e^last."""
+    last = math.log(1e-3) if last is None else last
     rho = torch.exp(torch.linspace(first, last, steps + 1, dtype=torch.float64))
     return path.time_of_noise_ratio(rho)
 
@@ -137,10 +138,10 @@ def test_continuous_parameter_gradients_converge_to_the_discrete_ones(method):
             times = log_ratio_times(path, steps, first=1.0, last=-2.0)
 
             def loss(means, times=times):
-                final = continuous_run(
-                    path, times, start_points(), lambda x, n: mixture_with(means).predict("epsilon", x, n), [means], method
-                )
-                return (final**2).sum()
+                def epsilon(x, n):
+                    return mixture_with(means).predict("epsilon", x, n)
+
+                return (continuous_run(path, times, start_points(), epsilon, [means], method) ** 2).sum()
 
             if run_it == "continuous":
                 loss(means).backward()

@@ -286,18 +286,25 @@ def test_a_thousand_steps_compile_fast():
 
 
 def test_solvers_by_name_and_config():
-    for solver in SOLVERS.values():
-        assert get_solver(solver().to_config()) == solver()
-        assert get_solver(solver.name) == solver()
+    for name, entry in SOLVERS.items():
+        assert get_solver(name) == entry()
+        assert get_solver(entry().to_config()) == entry()
+        assert (
+            entry.alias
+            or entry().name == name
+            or name in ("multistep", "singlestep", "grid-singlestep", "unipc", "pndm", "runge-kutta")
+        )
     assert get_solver({"name": "ddim", "eta": 0.5}).to_config() == {"name": "ddim", "eta": 0.5}
     for spec, match in [
         ("dpmp-2m", "did you mean 'dpmpp-2m'"),
         ({"name": "ddim", "etta": 1}, "did you mean 'eta'"),
-        ({"name": "euler", "eta": 1}, "no option"),
+        ({"name": "flow-stochastic", "eta": 1}, "takes none"),
         ({"eta": 1}, "unknown solver None"),
         ({"name": "ddim", "eta": 1.5}, "between 0"),
         ({"name": "dpmpp-2m", "fit": "midpiont"}, "midpoint"),
         ({"name": "heun", "last": "x"}, "heun"),
+        ({"name": "unipc-3", "order": 7}, "orders 1 to 5"),
+        ({"name": "dpmpp-2m", "order": 0}, "orders 1 to 6"),
         ({"name": "ddpm", "variance": "post"}, "posterior"),
         ({"name": "sit-sde", "diffusion": "sigmoid"}, "sigma"),
         ({"name": "sit-sde", "last": "x"}, "mean"),

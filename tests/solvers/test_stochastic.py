@@ -1,8 +1,6 @@
 """Stochastic samplers: exact variances of the schemes, and official DiT's step re-implemented."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,9 +9,7 @@ import torch
 from analytic import GAUSS1D, gaussian, noise_of, sample, start_points, times_between
 from pliant.errors import PlanError
 from pliant.paths import get_path, respaced_times, uniform_times
-from pliant.solvers import Eval, Lin, Output, Solver, compile_program, consistency, run, sde_times
-from pliant.solvers.coefficients import depth_of_tau
-from pliant.solvers.exponential import emit_multistep
+from pliant.solvers import Eval, Lin, Multistep, Output, compile_program, consistency, run, sde_times
 
 
 def propagated_variance(program, std, code=0.0):
@@ -230,20 +226,6 @@ def test_diffusion_coefficients_in_official_time(name):
     assert lin.z[0][1] == pytest.approx(math.sqrt(2 * d * 0.02), rel=1e-9)
 
 
-@dataclass(frozen=True)
-class ReverseSDE(Solver):
-    """SDE-DPM-Solver++ of the catalogue to come: the multistep rule with tau = 1."""
-
-    name: ClassVar[str] = "reverse-sde"
-    order: ClassVar[int] = 2
-    nodes: int = 2
-    fit: str = "lagrange"
-
-    def emit(self, builder, i):
-        depth = depth_of_tau(1.0, builder.nodes[i], builder.nodes[i + 1])
-        emit_multistep(builder, i, self.nodes, "sample", self.fit, depth)
-
-
 def test_second_order_sde_removes_the_bias():
     """Sheet D, section 1, check 4: gauss1d, log-SNR -5..5; order 1 is biased low, order 2 is not."""
     path = get_path("vp")
@@ -252,8 +234,8 @@ def test_second_order_sde_removes_the_bias():
         program = compile_program(path, times_between(path, steps, -5.0, 5.0), solver, "epsilon")
         return math.sqrt(propagated_variance(program, 0.7))
 
-    assert std(ReverseSDE(1), 200) == pytest.approx(0.68, abs=0.01)
-    assert std(ReverseSDE(1), 20) == pytest.approx(0.56, abs=0.015)
-    assert std({"name": "ddim", "eta": 1.0}, 20) == pytest.approx(std(ReverseSDE(1), 20), rel=1e-9)
+    assert std(Multistep(1, tau=1.0), 200) == pytest.approx(0.68, abs=0.01)
+    assert std(Multistep(1, tau=1.0), 20) == pytest.approx(0.56, abs=0.015)
+    assert std({"name": "ddim", "eta": 1.0}, 20) == pytest.approx(std(Multistep(1, tau=1.0), 20), rel=1e-9)
     for fit in ("lagrange", "midpoint"):
-        assert std(ReverseSDE(2, fit), 200) == pytest.approx(0.70, abs=0.004)
+        assert std(Multistep(2, fit=fit, tau=1.0), 200) == pytest.approx(0.70, abs=0.004)

@@ -1,30 +1,40 @@
 """Solvers write programs; one interpreter runs them."""
 
-from pliant.solvers.ancestral import DDPM
-from pliant.solvers.builder import ProgramBuilder, Row, Stored, nodes_of
+from pliant.solvers.adaptive import Recorded, dpm_adaptive, ode_adaptive
+from pliant.solvers.ancestral import DDPM, FullNoise
+from pliant.solvers.builder import ProgramBuilder, Row, Stored, Virtual, nodes_of
+from pliant.solvers.churn import Churn
 from pliant.solvers.compiler import check_times, compile_program
-from pliant.solvers.exponential import DDIM, DPMSolverPP2M
+from pliant.solvers.exponential import DDIM, Multistep
 from pliant.solvers.interpreter import Evaluate, NetworkOutput, Noise, Output, StepResult, run
-from pliant.solvers.normal_form import NormalForm, consistency, normal_form
+from pliant.solvers.normal_form import NormalForm, consistency, normal_form, normal_form_of
+from pliant.solvers.pndm import PNDM
 from pliant.solvers.program import Eval, Instruction, LearnedNoise, Lin, Node, Program
-from pliant.solvers.registry import SOLVERS, SolverLike, get_solver
-from pliant.solvers.runge_kutta import Euler, Heun, Midpoint
+from pliant.solvers.registry import SOLVERS, SolverInfo, SolverLike, get_solver, solver_infos
+from pliant.solvers.runge_kutta import TABLEAUS, RungeKutta, Tableau
 from pliant.solvers.sde import SiTSDE, sde_times
+from pliant.solvers.singlestep import GridSinglestep, Singlestep, fast_orders, fast_plan
 from pliant.solvers.solver import Solver
+from pliant.solvers.unipc import DCSolver, UniPC
+from pliant.solvers.usf import USF
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "PNDM",
     "SOLVERS",
-    "DPMSolverPP2M",
-    "Euler",
+    "TABLEAUS",
+    "USF",
+    "Churn",
+    "DCSolver",
     "Eval",
     "Evaluate",
-    "Heun",
+    "FullNoise",
+    "GridSinglestep",
     "Instruction",
     "LearnedNoise",
     "Lin",
-    "Midpoint",
+    "Multistep",
     "NetworkOutput",
     "Node",
     "Noise",
@@ -32,18 +42,31 @@ __all__ = [
     "Output",
     "Program",
     "ProgramBuilder",
+    "Recorded",
     "Row",
+    "RungeKutta",
     "SiTSDE",
+    "Singlestep",
     "Solver",
+    "SolverInfo",
     "SolverLike",
     "StepResult",
     "Stored",
+    "Tableau",
+    "UniPC",
+    "Virtual",
     "check_times",
     "compile_program",
     "consistency",
+    "dpm_adaptive",
+    "fast_orders",
+    "fast_plan",
     "get_solver",
     "nodes_of",
     "normal_form",
+    "normal_form_of",
+    "ode_adaptive",
     "run",
     "sde_times",
+    "solver_infos",
 ]

@@ -1,10 +1,9 @@
-"""DDPM's ancestral sampler with the variances of the official DiT code (sheet A, 3.3)."""
+"""Samplers that choose their own noise: DDPM with the official DiT variances (sheet A, 3.3), and full re-noising."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pliant.errors import PlanError, suggest
 from pliant.solvers.builder import ProgramBuilder
@@ -31,8 +30,8 @@ class DDPM(Solver):
     needed. No clipping.
     """
 
-    name: ClassVar[str] = "ddpm"
-    order: ClassVar[int] = 1
+    form = "sample"
+    convergence = 1
 
     variance: str = "learned-range"
 
@@ -51,7 +50,7 @@ class DDPM(Solver):
                 "ddpm with variance 'learned-range' needs a network that predicts variances, unlike this "
                 "one; use {'name': 'ddpm', 'variance': 'posterior'}"
             )
-        output = builder.evaluate(s)
+        output = builder.evaluate(s)  # always its own call: the variance belongs to this state
         builder.remember(output)
         # The posterior mean is the tau = 1 step in x0 form; only the size of the noise is DDPM's own choice.
         form = get_form("sample")
@@ -70,3 +69,25 @@ class DDPM(Solver):
         else:
             size = step.noise if self.variance == "posterior" else math.sqrt(beta)
             builder.advance(builder.combine_rows(t, x, rows, z={slot: size}, mu=mu))
+
+
+@dataclass(frozen=True)
+class FullNoise(Solver):
+    """`x_t = alpha_t * x0 + sigma_t * z` with fresh noise at every step: consistency sampling, diffusers'
+    `stochastic_sampling` (sheet D, 13.4).
+
+    The limit tau = infinity. It discretises nothing: however small the steps, samples have too little variance unless
+    the x0 estimate is itself a sample of the data (a distilled model), so its order is 0.
+    """
+
+    form = "sample"
+    convergence = 0
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def emit(self, builder: ProgramBuilder, i: int) -> None:
+        s, t = builder.nodes[i], builder.nodes[i + 1]
+        depth = math.inf if t.sigma > 0.0 else 0.0
+        builder.advance(builder.transfer("sample", t, [builder.output(i)], base=(builder.state, s), depth=depth))

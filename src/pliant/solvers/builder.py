@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 
@@ -32,6 +34,20 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Virtual:
+    """A combination of outputs that stands for an output at `node` (DC-Solver): coefficients, no tensor.
+
+    The parts are combined in whatever prediction kind a step uses them.
+    """
+
+    node: Node
+    parts: tuple[tuple[float, Stored], ...]
+
+
+Held: TypeAlias = Stored | Virtual
+
+
+@dataclass(frozen=True)
 class Row:
     """A prediction as a row over registers: `p * x[state] + q * m[out] + mu * offset`."""
 
@@ -45,7 +61,9 @@ class Row:
 def nodes_of(path: Path, times: Iterable[float]) -> list[Node]:
     """The path's nodes at these times, computed in one vectorised call. Float64."""
     t = torch.tensor(list(times), dtype=torch.float64)
-    columns = (t, *path.alpha_sigma(t))
+    columns = [t, *path.alpha_sigma(t)]
+    if offset := getattr(path, "offset", None):
+        columns.append(offset(t))
     return [Node(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
 
@@ -54,8 +72,8 @@ class ProgramBuilder:
 
     path, times: the grid, steps+1 times in the order of sampling. stored: the kind the network's outputs
     have. variance: whether evaluations also give a variance code. Attributes for solvers: `nodes` (one per
-    time), `state` (register of the current state), `history` (outputs at grid nodes, newest first),
-    `increasing` (inversion).
+    time), `state` (register of the current state), `trail` (register of the state at each grid node so far),
+    `history` (outputs at grid nodes, newest first), `increasing` (inversion).
     """
 
     def __init__(self, path: Path, times: Sequence[float], stored: PredictionType, variance: bool = False) -> None:
@@ -63,8 +81,9 @@ class ProgramBuilder:
         self.stored = prediction_type(stored)
         self.variance = variance
         self.nodes = nodes_of(path, times)
-        self.history: list[Stored] = []
+        self.history: list[Held] = []
         self.state = 0
+        self.trail = [0]
         self.increasing = self.nodes[-1].t > self.nodes[0].t
         self._states = 1
         self._outputs = 0
@@ -72,8 +91,12 @@ class ProgramBuilder:
         self._steps: list[tuple[Instruction, ...]] = []
         self._labels: list[str] = []
         self._current: list[Instruction] = []
-        self._grid = {node: k for k, node in enumerate(self.nodes)}
-        self._conversions: dict[PredictionType, tuple[list[float], list[float]]] = {}
+        # Nodes come in families (the grid, the inner nodes of one stage) whose tensor work is done in one call each.
+        self._families: list[list[Node]] = []
+        self._places: dict[Node, tuple[int, int]] = {}
+        self._conversions: dict[tuple[int, PredictionType], tuple[list[float], list[float]]] = {}
+        self._inner: dict[tuple[str, float], list[Node]] = {}
+        self._add_family(self.nodes)
 
     # -------------------------------------------------------------------------------------------- for solvers
 
@@ -86,6 +109,41 @@ class ProgramBuilder:
         """A node off the grid (a stage of a singlestep method); for grid times use the shared `nodes`."""
         return nodes_of(self.path, [t])[0]
 
+    def inner(self, i: int, form: str, share: float) -> Node:
+        """The node at `share` of step i in the form's variable (the stages of singlestep and Runge-Kutta methods).
+
+        Computed for all steps at once when first asked for. A step that is infinite in the variable has none; solvers
+        ask `span` first.
+        """
+        key = (form, share)
+        if key not in self._inner:
+            rule = get_form(form)
+            u = [rule.variable(n) for n in self.nodes]
+            values = [a + share * (b - a) for a, b in pairwise(u)]
+            safe = [v if math.isfinite(v) else next((w for w in u if math.isfinite(w)), 0.0) for v in values]
+            self._inner[key] = nodes_of(self.path, rule.time(self.path, torch.tensor(safe, dtype=torch.float64)))
+            self._add_family(self._inner[key])
+        return self._inner[key][i]
+
+    def node_at(self, form: str, value: float) -> Node:
+        """The node where the form's variable has this value; beyond the path's ends, the end."""
+        place = torch.tensor([value], dtype=torch.float64)
+        return nodes_of(self.path, get_form(form).time(self.path, place))[0]
+
+    def span(self, form: str, source: Node, target: Node) -> float:
+        """Length of a step in the form's variable: infinite at the ends of most paths."""
+        variable = get_form(form).variable
+        return variable(target) - variable(source)
+
+    def output(self, i: int) -> Held:
+        """The output at grid node i, on the current state unless the history already has one for this node.
+
+        (Correctors evaluate the next node ahead of time.) It joins the history.
+        """
+        if not self.history or self.history[0].node is not self.nodes[i]:
+            self.remember(self.evaluate(self.nodes[i]))
+        return self.history[0]
+
     def evaluate(self, node: Node, state: int | None = None) -> Stored:
         """Emit a network call at `node` on a state register (default: the current state)."""
         stored = Stored(self._outputs, node, self.state if state is None else state)
@@ -93,10 +151,28 @@ class ProgramBuilder:
         self._outputs += 1
         return stored
 
-    def remember(self, stored: Stored) -> None:
+    def remember(self, stored: Held) -> None:
         """Make an output available to multistep rules of later steps."""
         self.history.insert(0, stored)
         del self.history[_HISTORY:]
+
+    def compensate(self, ratio: float, degree: int) -> None:
+        """DC-Solver (arXiv 2409.03755): replace the newest output by the history's polynomial at another time.
+
+        The polynomial of `degree` in t through the newest degree+1 outputs is taken at `ratio*t_0 + (1-ratio)*t_1`; 1
+        changes nothing. Later steps use the replacement too.
+        """
+        if ratio == 1.0 or len(self.history) <= degree:
+            return
+        used = self.history[: degree + 1]
+        times = [o.node.t for o in used]
+        at = ratio * times[0] + (1.0 - ratio) * times[1]
+        parts: dict[Stored, float] = {}
+        for a, output in enumerate(used):
+            share = math.prod((at - v) / (times[a] - v) for b, v in enumerate(times) if b != a)
+            for inner, stored in output.parts if isinstance(output, Virtual) else ((1.0, output),):
+                parts[stored] = parts.get(stored, 0.0) + share * inner
+        self.history[0] = Virtual(used[0].node, tuple((c, s) for s, c in parts.items()))
 
     def noise(self) -> int:
         """A fresh noise slot."""
@@ -120,11 +196,16 @@ class ProgramBuilder:
             return Row(stored.state, stored.out, p, q, -p * n_beta)
         return Row(stored.state, stored.out, p, q, 0.0)
 
+    def rows(self, weight: float, output: Held, kind: PredictionType) -> list[tuple[float, Row]]:
+        """`weight` times an output, as terms for `combine_rows`; several for a virtual output."""
+        parts = output.parts if isinstance(output, Virtual) else ((1.0, output),)
+        return [(weight * share, self.convert(stored, kind)) for share, stored in parts]
+
     def transfer(
         self,
         form: str,
         target: Node,
-        outputs: Sequence[Stored],
+        outputs: Sequence[Held],
         *,
         base: tuple[int, Node],
         fit: str | Fit = "lagrange",
@@ -141,7 +222,7 @@ class ProgramBuilder:
         mu = target.beta - step.a * source.beta
         if mu != 0.0:
             self._refuse_velocity_with_offset(rule.kind)
-        rows = [(w, self.convert(o, rule.kind)) for w, o in zip(weights, outputs, strict=True)]
+        rows = [row for w, o in zip(weights, outputs, strict=True) for row in self.rows(w, o, rule.kind)]
         z = {self.noise(): step.noise} if step.noise != 0.0 else {}
         return self.combine_rows(target, {register: step.a}, rows, z=z, mu=mu)
 
@@ -185,8 +266,9 @@ class ProgramBuilder:
     def advance(self, state: int) -> None:
         """Make `state` the current one: where the next step starts."""
         self.state = state
+        self.trail.append(state)
 
-    def usable(self, form: str, source: Node, target: Node, order: int) -> list[Stored]:
+    def usable(self, form: str, source: Node, target: Node, order: int) -> list[Held]:
         """The newest outputs of the history, at most `order`, that a step of `form` can interpolate."""
         nodes = [s.node for s in self.history[:order]]
         return self.history[: min(order, order_allowed(get_form(form), source, target, nodes))]
@@ -211,16 +293,20 @@ class ProgramBuilder:
             labels=tuple(self._labels),
         )
 
+    def _add_family(self, nodes: list[Node]) -> None:
+        self._places.update((node, (len(self._families), k)) for k, node in enumerate(nodes))
+        self._families.append(nodes)
+
     def _conversion(self, node: Node, kind: PredictionType) -> tuple[float, float]:
-        place = self._grid.get(node)
+        place = self._places.get(node)
         if place is None:
             p, q = self._conversion_rows([node], kind)
             return p[0], q[0]
-        if kind not in self._conversions:
-            # All grid nodes at once: per-node tensor calls would dominate compilation.
-            self._conversions[kind] = self._conversion_rows(self.nodes, kind)
-        p, q = self._conversions[kind]
-        return p[place], q[place]
+        family, k = place
+        if (family, kind) not in self._conversions:
+            self._conversions[family, kind] = self._conversion_rows(self._families[family], kind)
+        p, q = self._conversions[family, kind]
+        return p[k], q[k]
 
     def _conversion_rows(self, nodes: Sequence[Node], kind: PredictionType) -> tuple[list[float], list[float]]:
         rows = torch.tensor([[n.alpha, n.sigma, n.dalpha, n.dsigma] for n in nodes], dtype=torch.float64)

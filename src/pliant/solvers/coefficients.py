@@ -15,9 +15,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from pliant.errors import PlanError, suggest
-from pliant.paths import PredictionType
-from pliant.solvers.fits import FITS, Fit, get_fit, moments
+from pliant.paths import Path, PredictionType
+from pliant.solvers.fits import FITS, Fit, Pseudo, get_fit, moments
 from pliant.solvers.program import Node
 
 _MAX_NODES = 6  # a Vandermonde system beyond this is not trustworthy in float64
@@ -47,6 +50,7 @@ class Form:
     name: str
     kind: PredictionType
     variable: Callable[[Node], float]
+    time: Callable[[Path, Tensor], Tensor]  # inverse of the variable, vectorised
     step: Callable[[Node, Node, float, float], Transfer]  # (s, t, h, depth)
 
 
@@ -56,8 +60,8 @@ def _data_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
         raise PlanError(f"the sample form cannot leave t={s.t:g}, where sigma is 0; use the epsilon or velocity form")
     a = t.sigma / s.sigma * math.exp(-depth)
     noise = t.sigma * math.sqrt(max(-math.expm1(-2.0 * depth), 0.0))
-    if not math.isfinite(h):
-        return Transfer(a, t.alpha, noise, h, 1.0, t.alpha - s.alpha * a)
+    if not (math.isfinite(h) and math.isfinite(depth)):  # at an end of the path, or all noise is fresh
+        return Transfer(a, t.alpha, noise, math.copysign(math.inf, h), 1.0, t.alpha - s.alpha * a)
     c = 1.0 + depth / h
     return Transfer(a, t.alpha * c, noise, h, c, -t.alpha * math.expm1(-(h + depth)))
 
@@ -107,14 +111,26 @@ def _log_snr(node: Node) -> float:
     return node.log_snr
 
 
+def _time_of_log_snr(path: Path, log_snr: Tensor) -> Tensor:
+    return path.time_of_log_snr(log_snr)
+
+
+def _ratio(node: Node) -> float:
+    return node.sigma / node.alpha if node.alpha else math.inf
+
+
+def _angle(node: Node) -> float:
+    return math.atan2(node.sigma, node.alpha)
+
+
 FORMS: dict[str, Form] = {
     form.name: form
     for form in (
-        Form("sample", "sample", _log_snr, _data_step),
-        Form("epsilon", "epsilon", _log_snr, _noise_step),
-        Form("velocity", "velocity", lambda n: n.t, _plain_step),
-        Form("epsilon-rho", "epsilon", lambda n: n.sigma / n.alpha if n.alpha else math.inf, _ratio_step),
-        Form("angle", "v_prediction", lambda n: math.atan2(n.sigma, n.alpha), _angle_step),
+        Form("sample", "sample", _log_snr, _time_of_log_snr, _data_step),
+        Form("epsilon", "epsilon", _log_snr, _time_of_log_snr, _noise_step),
+        Form("velocity", "velocity", lambda n: n.t, lambda path, u: u, _plain_step),
+        Form("epsilon-rho", "epsilon", _ratio, lambda path, u: path.time_of_noise_ratio(u), _ratio_step),
+        Form("angle", "v_prediction", _angle, lambda path, u: path.time_of_noise_ratio(torch.tan(u)), _angle_step),
     )
 }
 
@@ -124,6 +140,21 @@ def get_form(form: str) -> Form:
     if form not in FORMS:
         raise PlanError(f"unknown solver form {form!r}: {suggest(form, FORMS)}")
     return FORMS[form]
+
+
+def finite_form(form: str, s: Node, t: Node) -> str:
+    """`form`, or at an end of the path where it does not exist, the one whose first-order step is the same map there.
+
+    Leaving sigma = 0 (inversion) the sample form gives way to epsilon; where alpha = 0 the forms in epsilon give way to
+    sample (leaving) or epsilon in log-SNR (arriving). `order_allowed` then says 1.
+    """
+    if s.sigma == 0.0 and form == "sample":
+        return "epsilon"
+    if s.alpha == 0.0 and form in ("epsilon", "epsilon-rho"):
+        return "sample"
+    if t.alpha == 0.0 and form == "epsilon-rho":
+        return "epsilon"
+    return form
 
 
 def depth_of_eta(eta: float, s: Node, t: Node) -> float:
@@ -173,7 +204,9 @@ def step_weights(
     rule = get_fit(fit)
     if rule in FITS.values() and len(nodes) == 1:
         return step, [step.total]  # order 1, in the form that survives infinite h
-    if not math.isfinite(h):
+    if isinstance(rule, Pseudo):
+        return step, rule.shares(step.total, len(nodes))
+    if not math.isfinite(step.h):
         raise PlanError(f"the step from t={s.t:g} to t={t.t:g} is infinite in log-SNR: only a first-order step exists")
     weights = rule(moments(h, step.decay, len(nodes)), h, [form.variable(n) - base for n in nodes])
     return step, [step.b * w for w in weights]

@@ -29,13 +29,14 @@ def describe_program(program: Program) -> str:
     """Header and table; t and half log-SNR are those of the node an instruction evaluates or arrives at."""
     name = program.path.get("name", "?")
     noises = f", {len(program.noise_slots)} noises" if program.noise_slots else ""
+    width = max(12, *map(len, program.labels))
     lines = [
         f"{len(program.steps)} steps, {program.num_evaluations} network calls{noises}; path {name}, stores "
         f"{program.stored}, t {program.start.t:g} -> {program.end.t:g}, sample in x{program.final}",
-        f"{'step':>4}  {'solver':<12}  {'t':>8}  {'log-SNR':>8}  instruction",
+        f"{'step':>4}  {'solver':<{width}}  {'t':>8}  {'log-SNR':>8}  instruction",
     ]
     for number, (label, step) in enumerate(zip(program.labels, program.steps, strict=True)):
         for place, op in enumerate(step):
-            head = f"{number:>4}  {label:<12}" if place == 0 else " " * 18
+            head = f"{number:>4}  {label:<{width}}" if place == 0 else " " * (6 + width)
             lines.append(f"{head}  {op.node.t:>8.5f}  {op.node.log_snr:>8.3f}  {describe_instruction(op)}")
     return "\n".join(lines)

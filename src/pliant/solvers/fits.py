@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from pliant.errors import PlanError, suggest
@@ -84,19 +85,71 @@ def published3(moment: Sequence[float], h: float, offsets: Sequence[float]) -> l
     if len(offsets) != 3:
         return midpoint(moment, h, offsets)
     full = lagrange(moment, h, offsets)
+    return [w - 0.5 * moment[2] * q for w, q in zip(full, _second_difference(offsets), strict=True)]
+
+
+def _second_difference(offsets: Sequence[float]) -> tuple[float, float, float]:
+    """The second divided difference as a row over three outputs."""
     v0, v1, v2 = offsets
-    # Rows of the second divided difference.
-    second = (1.0 / ((v0 - v1) * (v0 - v2)), 1.0 / ((v1 - v0) * (v1 - v2)), 1.0 / ((v2 - v0) * (v2 - v1)))
-    return [w - 0.5 * moment[2] * q for w, q in zip(full, second, strict=True)]
+    return 1.0 / ((v0 - v1) * (v0 - v2)), 1.0 / ((v1 - v0) * (v1 - v2)), 1.0 / ((v2 - v0) * (v2 - v1))
 
 
-def pseudo(weights: Sequence[float]) -> Fit:
-    """Constant weights that sum to 1, times M_0: PNDM's pseudo-linear multistep and Runge-Kutta rows."""
+def mr_sampler(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
+    """MR-Sampler's rules (arXiv 2502.07856): lagrange up to two nodes, the published third-order rule for three."""
+    return published3(moment, h, offsets) if len(offsets) == 3 else lagrange(moment, h, offsets)
+
+
+def diffusers_sde3(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
+    """diffusers' sde-dpmsolver++ of order 3 (x0 form, tau = 1), defect included, for bit-compatibility only.
+
+    Besides the missing half of `published3` its second difference carries -1/2 where +1/2 is right: an extra `-D2`
+    that does not vanish as h -> 0, so the solver is not even first order. Present in diffusers 0.42.1.
+    """
+    found = published3(moment, h, offsets)
+    if len(offsets) != 3:
+        return found
+    # Their D2 = h^2 times the second divided difference; with c = 2 the builder multiplies weights by c.
+    return [w - 0.5 * h * h * q for w, q in zip(found, _second_difference(offsets), strict=True)]
+
+
+@dataclass(frozen=True)
+class Pseudo:
+    """Constant weights that sum to 1, times M_0: PNDM's pseudo-linear multistep and Runge-Kutta rows.
+
+    The only rule besides order 1 that survives an infinite step: it needs the total of the transfer, not its moments.
+    """
+
+    weights: tuple[float, ...]
+
+    def __call__(self, moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
+        return self.shares(moment[0], len(offsets))
+
+    def shares(self, total: float, count: int) -> list[float]:
+        """`total` divided among `count` outputs."""
+        if len(self.weights) != count:
+            raise PlanError(f"{len(self.weights)} weights for {count} outputs; give one per output, newest first")
+        return [total * w for w in self.weights]
+
+
+def taylor(stencils: Sequence[Sequence[int]], scale: float = 1.0) -> Fit:
+    """USF's rule (arXiv 2312.07243): a Taylor polynomial at the base node, each derivative from its own stencil.
+
+    stencils[k-1]: places among the outputs (not 0, the base) from which the k-th derivative is estimated, at least k of
+    them. scale: factor on the first derivative only ("relaxation"). All stencils equal to all nodes and scale 1 is
+    lagrange.
+    """
 
     def fit(moment: Sequence[float], h: float, offsets: Sequence[float]) -> list[float]:
-        if len(weights) != len(offsets):
-            raise PlanError(f"{len(weights)} weights for {len(offsets)} outputs; give one per output, newest first")
-        return [moment[0] * w for w in weights]
+        weights = [moment[0]] + [0.0] * (len(offsets) - 1)
+        for k, stencil in enumerate(stencils, start=1):
+            places = [0, *stencil]
+            # The row of the k-th derivative: exact on monomials through the stencil.
+            wanted = [float(math.factorial(k)) if power == k else 0.0 for power in range(len(places))]
+            row = lagrange(wanted, h, [offsets[j] for j in places])
+            factor = moment[k] / math.factorial(k) * (scale if k == 1 else 1.0)
+            for place, value in zip(places, row, strict=True):
+                weights[place] += factor * value
+        return weights
 
     return fit
 
@@ -106,7 +159,14 @@ def raw(weights: Sequence[float]) -> Fit:
     return lambda moment, h, offsets: list(weights)
 
 
-FITS: dict[str, Fit] = {"lagrange": lagrange, "midpoint": midpoint, "bh1": bh1, "published3": published3}
+FITS: dict[str, Fit] = {
+    "lagrange": lagrange,
+    "midpoint": midpoint,
+    "bh1": bh1,
+    "published3": published3,
+    "mr-sampler": mr_sampler,
+    "diffusers-sde3": diffusers_sde3,
+}
 
 
 def get_fit(fit: str | Fit) -> Fit:

@@ -4,8 +4,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +82,54 @@ def normal_form(program: Program) -> NormalForm:
     )
 
 
+def normal_form_of(scheduler: Any, double: bool = True) -> Tensor:
+    """The rows of a diffusers scheduler, by running it on basis vectors: what every call sees, then its sample.
+
+    scheduler: any object with `timesteps` (after `set_timesteps`), `scale_model_input` and `step(...).prev_sample`.
+    Returns (calls+1, 1+calls+noises) float64: coefficients of the start, the outputs, the noises it drew. Compare with
+    `NormalForm.rows()`; tables the scheduler keeps in float32 show as differences of 1e-4. double: compute in float64,
+    by standing in for `torch.float32` and `randn_tensor` in the scheduler's module while it runs (so not in threads).
+    """
+    count = len(scheduler.timesteps)
+    size = 1 + 2 * count  # room for one noise per call
+    basis = torch.eye(size, dtype=torch.float64)
+    drawn = 0
+
+    def draw(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        return basis[count + drawn]
+
+    x, rows = basis[0], []
+    with _standing_in(sys.modules[type(scheduler).__module__], draw, double):
+        for k, t in enumerate(scheduler.timesteps):
+            rows.append(scheduler.scale_model_input(x, t))
+            x = scheduler.step(basis[1 + k], t, x).prev_sample
+    return torch.stack([*rows, x])[:, : 1 + count + drawn]
+
+
+class _Float64Torch:
+    """`torch` as a scheduler's module sees it, with float32 meaning float64: schedulers cast states down otherwise."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def _standing_in(module: ModuleType, draw: Callable[..., Tensor], double: bool) -> Iterator[None]:
+    replaced: dict[str, Any] = {"randn_tensor": draw, "torch": _Float64Torch() if double else torch}
+    originals = {name: getattr(module, name) for name in replaced if hasattr(module, name)}
+    for name in originals:
+        setattr(module, name, replaced[name])
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(module, name, original)
+
+
 class Residual(NamedTuple):
     """How far one Lin is from the path when fed a point of it: zero for a consistent exponential step.
 
@@ -97,8 +149,8 @@ def consistency(program: Program) -> list[Residual]:
     """Residuals of every Lin without learned noise.
 
     If x0 and eps were constant, every state at node n would be alpha_n*x0 + sigma_n*eps and every output its
-    own combination of the two. Exponential solvers (x0, eps, angle forms) are exact then; Runge-Kutta in t is
-    exact on the straight path only.
+    own combination of the two. Solvers in x0 and eps (log-SNR or rho) are exact then; those in t on the
+    straight path only; those in the angle never (they are exact for a constant v).
     """
     nodes: dict[int, Node] = {0: program.start}
     outputs: list[tuple[float, float]] = []

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -64,8 +63,8 @@ class SiTSDE(Solver):
     "mean" (drift of the SDE, default), "tweedie" (the x0 estimate) or "euler" (drift of the ODE).
     """
 
-    name: ClassVar[str] = "sit-sde"
-    order: ClassVar[int] = 1
+    form = "velocity"
+    convergence = 1
 
     diffusion: str = "sigma"
     norm: float = 1.0
@@ -86,17 +85,16 @@ class SiTSDE(Solver):
     def emit(self, builder: ProgramBuilder, i: int) -> None:
         s, t = builder.nodes[i], builder.nodes[i + 1]
         last = self.last if t.sigma == 0.0 else None
-        output = builder.evaluate(s)
-        builder.remember(output)
+        output = builder.output(i)
         if last == "tweedie":  # (x + sigma^2 score)/alpha is the x0 estimate
-            builder.advance(builder.combine_rows(t, {}, [(t.alpha, builder.convert(output, "sample"))]))
+            builder.advance(builder.combine_rows(t, {}, builder.rows(t.alpha, output, "sample")))
             return
         h = t.t - s.t
-        drift = [(h, builder.convert(output, "velocity"))]
+        drift = builder.rows(h, output, "velocity")
         z: dict[int, float] = {}
         d = 0.0 if last == "euler" else DIFFUSIONS[self.diffusion](s, self.norm)
         if d != 0.0:
-            drift.append((-h * d, builder.convert(output, "score")))
+            drift += builder.rows(-h * d, output, "score")
             if last is None:
                 z[builder.noise()] = math.sqrt(-2.0 * h * d)
         builder.advance(builder.combine_rows(t, {builder.state: 1.0}, drift, z=z))

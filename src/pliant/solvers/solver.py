@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict
+from typing import Any
 
 from pliant.solvers.builder import ProgramBuilder
 
 
-@dataclass(frozen=True)
 class Solver(ABC):
-    """Base of all solvers: frozen, hashable, serialisable.
+    """Base of all solvers, which are frozen dataclasses: hashable, serialisable. Options are their fields.
 
-    name: what users type. order: global order of convergence on a smooth problem (strong order of the
-    deterministic part for stochastic ones). evaluations_per_step: network calls of a regular step.
+    Beside `emit` a solver states what it is; the order tests hold it to that.
     """
 
-    name: ClassVar[str]
-    order: ClassVar[int]
-    evaluations_per_step: ClassVar[int] = 1
+    @property
+    def name(self) -> str:
+        """What users type: the registry's name for these options."""
+        from pliant.solvers.registry import name_of
+
+        return name_of(self)
+
+    @property
+    def form(self) -> str:
+        """The form (`coefficients.FORMS`) it interpolates in."""
+        raise NotImplementedError  # pragma: no cover - every solver says so
+
+    @property
+    def convergence(self) -> int:
+        """Global order on a smooth problem, well started; for stochastic solvers that of the marginal variance."""
+        raise NotImplementedError  # pragma: no cover
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """Network calls of a regular step."""
+        return 1
 
     @property
     def stochastic(self) -> bool:
@@ -32,4 +48,5 @@ class Solver(ABC):
 
     def to_config(self) -> dict[str, Any]:
         """`{"name": ..., options}`; `get_solver` is the inverse."""
-        return {"name": self.name, **asdict(self)}
+        options: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return {"name": self.name, **options}
