@@ -11,6 +11,7 @@ from pliant.paths.network_time import NetworkTime
 from pliant.paths.path import Coefficients, Path, get_path, known_paths, like, path_from_config, register_path
 from pliant.paths.preconditioning import Preconditioning
 from pliant.paths.predictions import PREDICTION_TYPES, AlphaSigma, PredictionType, conversion, prediction_type
+from pliant.paths.table import VPTable
 from pliant.paths.times import TimeDensity, get_time_density, log_snr_times, respaced_times, uniform_times
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "TimeDensity",
     "VPContinuous",
     "VPDiscrete",
+    "VPTable",
     "carried",
     "conversion",
     "default_times",

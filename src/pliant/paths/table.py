@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pliant.errors import ConfigError
+from pliant.paths.families import VPDiscrete
 from pliant.paths.path import Coefficients, Path, as_time, register_path
 
 
@@ -30,7 +31,8 @@ class VPTable(Path):
     """
 
     name: ClassVar[str] = "vp-table"
-    alphas_cumprod: tuple[float, ...]
+    alphas_cumprod: tuple[float, ...] = field(default_factory=lambda: tuple(VPDiscrete().alphas_cumprod.tolist()))
+    """Default: DDPM's 1000 levels."""
 
     def __post_init__(self) -> None:
         table = tuple(float(v) for v in self.alphas_cumprod)
