@@ -41,16 +41,16 @@ def _has_bf16_units() -> bool:
 
 
 def resolve_precision(precision: Precision | None, network: DiT) -> torch.dtype:
-    """The dtype a call runs in. None: bf16 where the hardware multiplies it faster and the network is wide enough.
+    """The dtype a call runs in. None: bf16 where the hardware multiplies it faster and the network is not tiny.
 
-    Below a width of 256 conversions cost more than bf16 products save on a CPU (benchmarks/step.py).
+    Measured with AMX: 2.4x faster than fp32 at width 96 (batch 120), 1.9x at batch 30.
     """
     if precision is not None:
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     device = network.head.weight.device.type
     if device == "cuda":
         return torch.bfloat16
-    fast = device == "cpu" and network.config.width >= 256 and cpu_multiplies_bf16_faster()
+    fast = device == "cpu" and network.config.width >= 64 and cpu_multiplies_bf16_faster()
     return torch.bfloat16 if fast else network.head.weight.dtype
 
 
