@@ -173,12 +173,12 @@ class Denoiser:
         return None if self.trained is None else match(self.trained.path, self.path, t)
 
     @property
-    def first_time(self) -> float:
-        """The noisiest house time the network can serve without clipping: 1 on its own path."""
+    def known_noise(self) -> tuple[float, float] | None:
+        """The least and most noise ratio (0 and inf possible) of a network trained on another path; else None."""
         if self.trained is None:
-            return 1.0
-        last = self.trained.path.log_snr(self.trained.path.trained_times[1])
-        return float(self.path.time_of_log_snr(last.clamp(-1e3, 1e3)))
+            return None
+        low, high = (float(self.trained.path.noise_ratio(t)) for t in self.trained.path.trained_times)
+        return low, high
 
     # What the network is ------------------------------------------------------------------------------------------
 

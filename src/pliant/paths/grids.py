@@ -31,10 +31,13 @@ def default_times(path: Path, steps: int) -> Tensor:
 
     DiT's respacing on tables, Karras's on EDM's path and its kin, uniform in t elsewhere.
     """
+    return get_grid(_default_name(path))(path, _steps(steps))
+
+
+def _default_name(path: Path) -> str:
     if isinstance(path, VPDiscrete):
-        _steps(steps)
-        return respaced_times(path, steps)
-    return karras(path, steps) if isinstance(path, EDM) else uniform_times(steps)
+        return "respaced"
+    return "karras" if isinstance(path, EDM) else "uniform"
 
 
 # Uniform in something ---------------------------------------------------------------------------------------------
@@ -257,19 +260,29 @@ def get_grid(name: str) -> Grid:
     return GRIDS[name]
 
 
-def make_grid(path: Path, steps: int, grid: str | Mapping[str, Any]) -> Tensor:
+def make_grid(
+    path: Path, steps: int, grid: str | Mapping[str, Any], noise: tuple[float, float] | None = None
+) -> Tensor:
     """The times of a grid given by name, or as {"name": ..., option: value}.
 
+    noise: (least, most) noise ratio of a network trained on another path, 0 and inf where it has no limits; grids that
+    take `sigma_min`, `sigma_max` or `start` keep to it unless these are given.
     Raises PlanError for an unknown name or option, for a path the grid cannot be made on, and for times that repeat.
     """
     options = {"name": grid} if isinstance(grid, str) else dict(grid)
     name = str(options.pop("name", ""))
-    function = get_grid(name)
+    function = get_grid(_default_name(path) if name == "default" else name)
     known = list(inspect.signature(function).parameters)[2:]
     for option in options:
         if option not in known:
             hint = suggest(option, known) if known else "It takes none."
             raise PlanError(f"time grid {name!r} has no option {option!r}: {hint}")
+    if noise is not None:
+        low, high = noise
+        own = {"sigma_min": low} if low > 0.0 else {}
+        if math.isfinite(high):
+            own.update(sigma_max=high, start=float(path.time_of_noise_ratio(high)))
+        options = {**{k: v for k, v in own.items() if k in known}, **options}
     times = function(path, steps, **options)
     if not bool((times.diff() < 0.0).all()) or not 0.0 <= float(times[-1]) < float(times[0]) <= 1.0:
         raise PlanError(

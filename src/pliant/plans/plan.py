@@ -247,16 +247,14 @@ def check_step(step: Step, model: Denoiser) -> None:
 def make_times(model: Denoiser, steps: int, times: Times) -> list[float]:
     """The grid a preset uses: the given one, or the path's default for `steps`.
 
-    For a network from another path, a grid that is made here starts where that network's noise does, not beyond.
+    For a network from another path, a grid that is made here keeps to that network's noise where the grid can.
     """
     if times is not None and not isinstance(times, str | Mapping):
         given: list[float] = torch.as_tensor(times, dtype=torch.float64).tolist()
         if len(given) != steps + 1:
             raise PlanError(f"{steps} steps need {steps + 1} times, got {len(given)}")
         return given
-    grid: list[float] = make_grid(model.path, steps, times or "default").tolist()
-    if grid[1] < model.first_time < grid[0]:
-        grid[0] = model.first_time
+    grid: list[float] = make_grid(model.path, steps, times or "default", model.known_noise).tolist()
     return grid
 
 
