@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
     "ProgramScheduler": "pliant.integrations.diffusers_schedulers",
+    "plan_from_scheduler": "pliant.integrations.diffusers_import",
+    "program_from_scheduler": "pliant.integrations.diffusers_import",
+    "scheduler_form": "pliant.integrations.diffusers_import",
 }
 
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from pliant.integrations.diffusers_import import plan_from_scheduler as plan_from_scheduler
+    from pliant.integrations.diffusers_import import program_from_scheduler as program_from_scheduler
+    from pliant.integrations.diffusers_import import scheduler_form as scheduler_form
     from pliant.integrations.diffusers_schedulers import ProgramScheduler as ProgramScheduler
 
 

@@ -12,6 +12,7 @@ from pliant.solvers.ancestral import DDPM, FullNoise
 from pliant.solvers.churn import Churn
 from pliant.solvers.exponential import DDIM, Multistep
 from pliant.solvers.pndm import PNDM
+from pliant.solvers.rows import Rows
 from pliant.solvers.runge_kutta import RungeKutta
 from pliant.solvers.sde import SiTSDE
 from pliant.solvers.singlestep import GridSinglestep, Singlestep
@@ -143,6 +144,8 @@ SOLVERS: dict[str, Entry] = {
     "midpoint-edm": _rk(_EDM, "midpoint", "epsilon-rho"),
     "rk4-edm": _rk(_EDM, "rk4", "epsilon-rho"),
     "edm-churn": Entry(Churn, _EDM),
+    # Given coefficients.
+    "rows": Entry(Rows, "sheet D, 14.3", alias=True),
 }
 
 SolverLike: TypeAlias = str | Mapping[str, Any] | Solver
