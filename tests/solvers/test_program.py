@@ -274,15 +274,21 @@ def test_describe_is_a_table():
     assert len(text.splitlines()) == 2 + 6 + 6
 
 
-def test_a_thousand_steps_compile_fast():
-    times = uniform_times(1000, 0.999)
-    for solver in ("dpmpp-2m", "heun", "ddpm"):
-        compile_program(get_path("vp-discrete"), uniform_times(3), "ddim", "epsilon")  # warm tables
-        begin = time.perf_counter()
-        program = compile_program(get_path("vp-discrete"), times, solver, "epsilon", variance=True)
+@pytest.mark.parametrize(
+    "solver", ["dpmpp-2m", "heun", "ddpm", "unipc-3", "dpmpp-3s", "f-pndm", "edm-churn", "rk4", "usf"]
+)
+def test_a_thousand_steps_compile_fast(solver):
+    """Under 0.5 s of processor time, in the best of three (other processes may be busy)."""
+    times, path = uniform_times(1000, 0.999), get_path("vp-discrete")
+    compile_program(path, uniform_times(3), "ddim", "epsilon")  # warm tables
+    seconds = []
+    for _ in range(3):
+        begin = time.process_time()
+        program = compile_program(path, times, solver, "epsilon", variance=True)
         program.last_uses()
-        assert time.perf_counter() - begin < 0.5
-        assert len(program.steps) == 1000
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) < 0.5
+    assert len(program.steps) == 1000
 
 
 def test_solvers_by_name_and_config():

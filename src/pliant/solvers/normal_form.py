@@ -82,17 +82,18 @@ def normal_form(program: Program) -> NormalForm:
     )
 
 
-def normal_form_of(scheduler: Any, double: bool = True) -> Tensor:
+def normal_form_of(scheduler: Any, double: bool = True, **options: Any) -> Tensor:
     """The rows of a diffusers scheduler, by running it on basis vectors: what every call sees, then its sample.
 
     scheduler: any object with `timesteps` (after `set_timesteps`), `scale_model_input` and `step(...).prev_sample`.
     Returns (calls+1, 1+calls+noises) float64: coefficients of the start, the outputs, the noises it drew. Compare with
     `NormalForm.rows()`; tables the scheduler keeps in float32 show as differences of 1e-4. double: compute in float64,
-    by standing in for `torch.float32` and `randn_tensor` in the scheduler's module while it runs (so not in threads).
+    by standing in for `torch.float32` and the random functions in the scheduler's module while it runs (so not in
+    threads). options: for `step`, e.g. DDIM's eta.
     """
     count = len(scheduler.timesteps)
     size = 1 + 2 * count  # room for one noise per call
-    basis = torch.eye(size, dtype=torch.float64)
+    basis = torch.eye(size, dtype=torch.float64)[:, None]  # a batch of one: some schedulers insist on two axes
     drawn = 0
 
     def draw(*args: Any, **kwargs: Any) -> Tensor:
@@ -104,14 +105,17 @@ def normal_form_of(scheduler: Any, double: bool = True) -> Tensor:
     with _standing_in(sys.modules[type(scheduler).__module__], draw, double):
         for k, t in enumerate(scheduler.timesteps):
             rows.append(scheduler.scale_model_input(x, t))
-            x = scheduler.step(basis[1 + k], t, x).prev_sample
-    return torch.stack([*rows, x])[:, : 1 + count + drawn]
+            x = scheduler.step(basis[1 + k], t, x, **options).prev_sample
+    return torch.stack([*rows, x])[:, 0, : 1 + count + drawn]
 
 
-class _Float64Torch:
-    """`torch` as a scheduler's module sees it, with float32 meaning float64: schedulers cast states down otherwise."""
+class _StandIn:
+    """`torch` as a scheduler's module sees it: noise is a basis vector, float32 means float64 (they cast states)."""
 
-    float32 = torch.float64
+    def __init__(self, draw: Callable[..., Tensor], double: bool) -> None:
+        self.randn_like = draw
+        if double:
+            self.float32 = torch.float64
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -119,7 +123,7 @@ class _Float64Torch:
 
 @contextmanager
 def _standing_in(module: ModuleType, draw: Callable[..., Tensor], double: bool) -> Iterator[None]:
-    replaced: dict[str, Any] = {"randn_tensor": draw, "torch": _Float64Torch() if double else torch}
+    replaced: dict[str, Any] = {"randn_tensor": draw, "torch": _StandIn(draw, double)}
     originals = {name: getattr(module, name) for name in replaced if hasattr(module, name)}
     for name in originals:
         setattr(module, name, replaced[name])
