@@ -44,6 +44,8 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                os.chmod(file, 0o644)  # safetensors writes files that only their owner can read
             _sync(file)
         old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
         if path.exists():
