@@ -79,6 +79,19 @@ def test_grids_of_noise_ratios_need_one(name: str) -> None:
     assert len(make_grid(get_path("interpolant"), 5, "sigmoid")) == 6
 
 
+def test_any_table_is_a_table() -> None:
+    """A path given by a table of levels has the grids of the named tables."""
+    path = get_path("vp-table", alphas_cumprod=tuple(SD.alphas_cumprod.tolist()))
+    for name in ("default", "karras", "trailing", "simple", "respaced"):
+        torch.testing.assert_close(make_grid(path, 7, name), make_grid(SD, 7, name))
+    zero_snr = get_path("vp-table", alphas_cumprod=(0.9, 0.5, 0.2, 0.0))
+    assert make_grid(zero_snr, 4, "default").tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    for name in ("karras", "log-snr", "exponential"):
+        times = make_grid(zero_snr, 3, name)
+        assert float(times[0]) == 1.0
+        assert float(times[-2]) == pytest.approx(0.25)
+
+
 def test_default_grids() -> None:
     assert torch.equal(default_times(DDPM, 9), make_grid(DDPM, 9, "respaced"))
     assert torch.equal(default_times(LINEAR, 9), uniform_times(9))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from analytic import GMM2D, exact_flow, gaussian, sample, start_points
 from pliant.errors import ConfigError
 from pliant.paths import EDM, Preconditioning, get_path, make_grid
 from pliant.paths.preconditioning import iddpm_sigmas, vp_sigma, vp_time
-from pliant.solvers import compile_program
+from pliant.solvers import compile_program, get_solver
 from pliant.solvers.builder import nodes_of
 
 PATH = EDM()
@@ -159,16 +158,18 @@ def test_heun_on_a_mixture(steps: int, error: float) -> None:
 
 @pytest.mark.parametrize(("steps", "ratio"), [(64, 1.0411), (128, 1.0148), (256, 1.0038)])
 def test_churn_inflates_the_variance(steps: int, ratio: float) -> None:
-    """S_churn = 40, S_noise = 1 on every step: EDM's stochastic Heun by its exact moment recursion, on this path."""
-    sigmas = (80.0 * make_grid(PATH, steps, "karras")).tolist()
-    variance = 80.0**2 + 0.25
-    gamma = min(40 / steps, math.sqrt(2) - 1)
-    for s, t in pairwise(sigmas):
-        hat = s * (1 + gamma)
-        variance += hat**2 - s**2
-        # x0 = x * 0.25/(0.25 + sigma^2), so the slope of eps in x is sigma/(0.25 + sigma^2): node quantities
-        first, second = (v.sigma / (0.25 * v.alpha**2 + v.sigma**2) for v in nodes_of(PATH, [hat / 80.0, t / 80.0]))
-        euler = 1 + (t - hat) * first
-        factor = euler if t == 0.0 else 1 + 0.5 * (t - hat) * (first + second * euler)
-        variance *= factor**2
+    """S_churn = 40, S_noise = 1 at every level. The sampler is linear here, and row k of the batch carries noise k."""
+    solver = {"name": "edm-churn", "churn": 40.0, "low": 0.0, "high": math.inf, "noise": 1.0}
+    program = compile_program(PATH, make_grid(PATH, steps, "karras"), get_solver(solver), "sample")
+    rows = 1 + len(program.noise_slots)
+    start = torch.zeros(rows, 1, dtype=torch.float64)
+    start[0] = math.sqrt(80.0**2 + 0.25)
+    place = {slot: k + 1 for k, slot in enumerate(program.noise_slots)}
+
+    def noise(slot: int) -> Tensor:
+        one = torch.zeros(rows, 1, dtype=torch.float64)
+        one[place[slot]] = 1.0
+        return one
+
+    variance = float(sample(program, gaussian(0.5), start, noise).square().sum())
     assert variance / 0.25 == pytest.approx(ratio, rel=0.01)

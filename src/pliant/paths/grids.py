@@ -20,6 +20,7 @@ from pliant.paths import levels, spacings
 from pliant.paths.edm import EDM
 from pliant.paths.families import VPDiscrete
 from pliant.paths.path import Path
+from pliant.paths.table import VPTable
 from pliant.paths.times import log_snr_times, needs_log_snr, respaced_times, uniform_times
 
 Grid: TypeAlias = Callable[..., Tensor]
@@ -35,7 +36,7 @@ def default_times(path: Path, steps: int) -> Tensor:
 
 
 def _default_name(path: Path) -> str:
-    if isinstance(path, VPDiscrete):
+    if isinstance(path, VPDiscrete | VPTable):
         return "respaced"
     return "karras" if isinstance(path, EDM) else "uniform"
 
@@ -219,7 +220,7 @@ def _spaced(spacing: str) -> Grid:
 
 def simple(path: Path, steps: int, entries: int | None = None, shift: float = 1.0) -> Tensor:
     """ComfyUI's "simple": every (L/N)-th of L table entries, counted from the noisy end."""
-    count = entries or (path.num_timesteps if isinstance(path, VPDiscrete) else 1000)
+    count = entries or (path.num_timesteps if isinstance(path, VPDiscrete | VPTable) else 1000)
     return levels.shifted_times(spacings.simple_times(_steps(steps), count), shift)
 
 
@@ -321,8 +322,8 @@ def _stretched(times: Tensor, terminal: float | None) -> Tensor:
     return _end(levels.stretched_times(times[:-1], float(times[-2]), terminal))
 
 
-def _table(path: Path, grid: str) -> VPDiscrete:
-    if not isinstance(path, VPDiscrete):
+def _table(path: Path, grid: str) -> VPDiscrete | VPTable:
+    if not isinstance(path, VPDiscrete | VPTable):
         raise PlanError(f"a {grid!r} grid chooses entries of a table, but path {path.name!r} has none; use 'uniform'")
     return path
 

@@ -42,6 +42,10 @@ class VPTable(Path):
             raise ConfigError("alphas_cumprod must fall strictly from below 1 to 0 or more, one value per timestep")
 
     @property
+    def trained_times(self) -> tuple[float, float]:
+        return 1.0 / self.num_timesteps, 1.0
+
+    @property
     def num_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from pliant.errors import ConfigError, PlanError, suggest
 from pliant.paths.families import VPDiscrete
 from pliant.paths.path import Path
+from pliant.paths.table import VPTable
 
 
 def _check_steps(steps: int) -> None:
@@ -78,9 +79,9 @@ def _integer(text: str, spec: str) -> int:
     return int(text)
 
 
-def respaced_times(path: VPDiscrete, spec: str | int) -> Tensor:
+def respaced_times(path: VPDiscrete | VPTable, spec: str | int) -> Tensor:
     """Times of a respaced discrete process, noisiest first, then t = 0 (official DiT's `space_timesteps`)."""
-    if not isinstance(path, VPDiscrete):
+    if not isinstance(path, VPDiscrete | VPTable):
         raise PlanError(f"respacing chooses entries of a table, but path {path.name!r} has none; use uniform_times")
     steps = _spaced_timesteps(path.num_timesteps, str(spec))
     times = path.time_of_timestep(torch.tensor(sorted(set(steps)), dtype=torch.float64))
