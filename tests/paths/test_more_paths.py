@@ -233,6 +233,7 @@ def test_mean_reverting_table() -> None:
         assert float(at.sigma) == pytest.approx(50 / 255 * math.sqrt(1 - math.exp(-2 * c * dt)), rel=1e-9, abs=1e-12)
         assert float(path.offset(t)) == pytest.approx(1 - math.exp(-c * dt), rel=1e-12, abs=1e-15)
     assert float(path.alpha_sigma(1.0).alpha) == pytest.approx(0.005, rel=1e-12)
+    assert path.trained_times == (0.01, 1.0)
     constant = MeanReverting(theta="constant").alpha_sigma(0.37)
     assert float(constant.alpha) == pytest.approx(0.005**0.37, rel=1e-12)
 
