@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from pliant.errors import ConfigError, PlanError
+from pliant.solvers import SOLVERS, Output
+from pliant.solvers import run as program_run
 from support.pipelines import dit_pipeline, flux_pipeline, gap, run, sd3_pipeline, sd_pipeline
 
 diffusers = pytest.importorskip("diffusers")
@@ -65,6 +67,69 @@ def test_stable_diffusion(name, config, solver, kind):
     if config.get("final_sigmas_type") == "sigma_min":  # with 8 steps diffusers also lowers the last step's order
         solver = {"name": solver, "lower_order_final": True}
     compare(sd_pipeline, reference, solver)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "solver"),
+    [
+        ("UniPCMultistepScheduler", {}, "unipc-2"),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, "unipc-3"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "dpmpp-3m-published"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "sde-dpmpp-2m"),
+        ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}, "plms"),
+        ("LMSDiscreteScheduler", {"timestep_spacing": "leading"}, "lms-4"),
+        ("HeunDiscreteScheduler", {"timestep_spacing": "leading"}, "heun-edm"),
+        ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "leading"}, "euler-ancestral"),
+    ],
+)
+def test_stable_diffusion_with_the_catalogue(name, config, solver):
+    rule = "dpm" if "Multistep" in name else "ddim"
+    reference = getattr(diffusers, name)(**{**SD, **config})
+    tolerance = 2e-3 if solver == "lms-4" else EXACT  # diffusers integrates its coefficients numerically
+    compare(sd_pipeline, reference, solver, tolerance, timestep_rule=rule)
+
+
+def test_steps_offset_that_the_pipeline_corrected():
+    """SD's pipeline raises an outdated steps_offset in the config it is given; diffusers forgets that on from_config."""
+    config = {k: v for k, v in SD.items() if k != "steps_offset"}
+    pipe = compare(sd_pipeline, diffusers.DDIMScheduler(clip_sample=False, **config), "ddim")
+    assert pipe.scheduler.config.steps_offset == 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("flow", [False, True])
+def test_every_solver_is_what_it_is_in_our_loop(solver, flow):
+    """The loop of a pipeline, whose states live outside, gives what the interpreter gives."""
+    kind = "flow_prediction" if flow else "epsilon"
+    try:
+        scheduler = ProgramScheduler(solver=solver, prediction_type=kind)
+        scheduler.set_timesteps(5)
+    except PlanError:
+        assert solver in ("angle-ab-2", "edm-churn") and flow
+        return
+    noise, weight = {}, torch.linspace(-0.3, 0.5, 4)
+
+    def network(x, t):
+        return torch.tanh(x * weight + t / 1000)
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, 1, 4, generator=generator)
+    start, drawn = x, torch.Generator().manual_seed(1)
+    if scheduler.init_noise_sigma != 1.0:  # churn before the first call: not the same random numbers
+        return
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, float(t)), t, x, generator=drawn).prev_sample
+    again = torch.Generator().manual_seed(1)
+
+    def slot(k):
+        return noise.setdefault(k, torch.randn(start.shape, generator=again))
+
+    def evaluate(x, op):
+        return Output(network(x, float(scheduler.network_time.encode(torch.tensor(op.node.t)))))
+
+    for result in program_run(scheduler.program, start, evaluate, slot):
+        expected = result.x
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sigmas", ["none", "karras", "exponential"])

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pliant.errors import ConfigError, PlanError, suggest
-from pliant.paths import Path, PredictionType, get_path
-from pliant.paths.table import VPTable
+from pliant.paths import Path, PredictionType, VPTable, get_path, levels
 
 RULES = ("ddim", "dpm")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -88,49 +87,44 @@ def spaced_timesteps(rule: str, spacing: str, steps: int, total: int, offset: in
 
 def respaced(first: float, last: float, steps: int, config: Mapping[str, Any]) -> list[float] | None:
     """`steps` noise levels from first down to last as the config's `use_*_sigmas` say; None if none is set."""
-    ramp = [k / max(steps - 1, 1) for k in range(steps)]
-    if config["use_karras_sigmas"]:  # arXiv 2206.00364, eq. 5, rho = 7
-        a, b = first ** (1 / 7), last ** (1 / 7)
-        return [(a + r * (b - a)) ** 7 for r in ramp]
-    if config["use_exponential_sigmas"] or config["use_lu_lambdas"]:
-        return [math.exp(math.log(first) + r * (math.log(last) - math.log(first))) for r in ramp]
-    if config["use_beta_sigmas"]:  # arXiv 2407.12173, Beta(0.6, 0.6)
-        from scipy.stats import beta
+    u = torch.linspace(0.0, 1.0, steps, dtype=torch.float64)
+    if config["use_karras_sigmas"]:
+        found = levels.karras_level(u, last, first)
+    elif config["use_exponential_sigmas"] or config["use_lu_lambdas"]:
+        found = levels.exponential_level(u, last, first)
+    elif config["use_beta_sigmas"]:
+        found = levels.beta_level(u, last, first)
+    else:
+        return None
+    return list(found.tolist())
 
-        return [last + float(beta.ppf(1.0 - r, 0.6, 0.6)) * (first - last) for r in ramp]
-    return None
 
-
-def shifted(levels: Sequence[float], config: Mapping[str, Any], mu: float | None) -> list[float]:
+def shifted(times: Tensor, config: Mapping[str, Any], mu: float | None) -> Tensor:
     """Flow times under the config's static shift, or under `mu` when it shifts dynamically."""
     if config["use_dynamic_shifting"]:
         if mu is None:
             raise PlanError("this config shifts times by the image's size: pass mu, as Flux's and SD3's pipelines do")
-        factor = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+        times = levels.dynamic_shift(times, mu, kind=config["time_shift_type"])
     else:
-        factor = config["flow_shift"] if config["use_flow_sigmas"] else config["shift"]
-    levels = [factor * s / (1.0 + (factor - 1.0) * s) for s in levels]
+        times = levels.shifted_times(times, config["flow_shift"] if config["use_flow_sigmas"] else config["shift"])
     if config["shift_terminal"]:
-        stretch = (1.0 - levels[-1]) / (1.0 - config["shift_terminal"])
-        levels = [1.0 - (1.0 - s) / stretch for s in levels]
-    return list(levels)
+        times = levels.stretched_times(times, float(times[-1]), config["shift_terminal"])
+    return times
 
 
 def flow_times(config: Mapping[str, Any], steps: int, mu: float | None, sigmas: Sequence[float] | None) -> list[float]:
     """Times (= sigmas) of a flow pipeline, without the final 0. sigmas: before shifting, as pipelines pass them."""
-    total = config["num_train_timesteps"]
+    tiny = torch.tensor(1.0 / config["num_train_timesteps"], dtype=torch.float64)
     if sigmas is not None:
-        levels = shifted(list(sigmas), config, mu)
+        even = torch.tensor(list(sigmas), dtype=torch.float64)
     elif config["use_flow_sigmas"]:  # the DPM-Solver family's rule
-        top = 1.0 - 1.0 / total
-        levels = shifted([top * (1.0 - k / steps) for k in range(steps)], config, mu)
+        even = torch.linspace(1.0 - float(tiny), 0.0, steps + 1, dtype=torch.float64)[:-1]
     else:
         # FlowMatchEuler's rule: uniform down to the smallest training level, which is itself already shifted.
-        least = 1.0 / total
-        if not config["use_dynamic_shifting"]:
-            least = config["shift"] * least / (1.0 + (config["shift"] - 1.0) * least)
-        levels = shifted([1.0 + k / max(steps - 1, 1) * (least - 1.0) for k in range(steps)], config, mu)
-    return respaced(levels[0], levels[-1], steps, config) or levels
+        least = tiny if config["use_dynamic_shifting"] else levels.shifted_times(tiny, config["shift"])
+        even = torch.linspace(1.0, float(least), steps, dtype=torch.float64)
+    times: list[float] = shifted(even, config, mu).tolist()
+    return respaced(times[0], times[-1], steps, config) or times
 
 
 def table_times(config: Mapping[str, Any], path: Path, rule: str, steps: int) -> list[float]:

@@ -126,6 +126,9 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, Mapping):
             if "sigma_data" in config:
                 raise ConfigError("EDM schedulers precondition the network themselves; ProgramScheduler does not")
+            # Pipelines raise outdated steps_offset after the fact; diffusers would drop it as "a default".
+            defaults = [k for k in config.get("_use_default_values", []) if k != "steps_offset"]
+            config = {**config, "_use_default_values": defaults}
             flow = "shift" in config and "beta_schedule" not in config  # FlowMatch*: they do not name a prediction
             if flow and "prediction_type" not in config:
                 kwargs.setdefault("prediction_type", "flow_prediction")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from pliant.paths import Path
 from pliant.solvers.builder import nodes_of
 from pliant.solvers.interpreter import Evaluate, Noise, run
 from pliant.solvers.program import Eval, LearnedNoise, Lin, Node, Program, Register
+from pliant.solvers.runge_kutta import TABLEAUS, Tableau
 
 # The discrete adjoint ------------------------------------------------------------------------------------------------
 
@@ -195,21 +196,6 @@ Epsilon: TypeAlias = Callable[[Tensor, Node], Tensor]
 """eps(x, node): the network's noise prediction at a state of the path."""
 
 
-class _Method(NamedTuple):
-    """An explicit Runge-Kutta tableau whose stages use the previous one only."""
-
-    c: tuple[float, ...]
-    b: tuple[float, ...]
-
-
-METHODS: dict[str, _Method] = {
-    "euler": _Method((0.0,), (1.0,)),
-    "midpoint": _Method((0.0, 0.5), (0.0, 1.0)),
-    "heun": _Method((0.0, 1.0), (0.5, 0.5)),
-    "rk4": _Method((0.0, 0.5, 0.5, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
-}
-
-
 def continuous_run(
     path: Path,
     times: Sequence[float] | Tensor,
@@ -223,14 +209,14 @@ def continuous_run(
     Gradients for x and `inputs` come from the adjoint ODE on the same grid, backwards: nothing is kept but the final
     state, whatever the number of steps. They agree with the discrete ones up to the integration error, and the state
     that is re-integrated drifts where the ODE is stiff; `differentiable_run` is the default for that reason.
-    method: one of `METHODS`. Raises PlanError for a grid that starts where alpha is 0.
+    method: one of `TABLEAUS`. Raises PlanError for a grid that starts where alpha is 0.
     """
-    if method not in METHODS:
-        raise PlanError(f"unknown method {method!r}: {suggest(method, METHODS)}")
+    if method not in TABLEAUS:
+        raise PlanError(f"unknown method {method!r}: {suggest(method, TABLEAUS)}")
     grid = [float(t) for t in times]
     if any(n.alpha == 0.0 for n in nodes_of(path, [grid[0], grid[-1]])):
         raise PlanError("the adjoint ODE needs alpha > 0 at both ends; start slightly inside, e.g. at t = 0.999")
-    ode = _Flow(path, grid, epsilon, tuple(inputs), METHODS[method])
+    ode = _Flow(path, grid, epsilon, tuple(inputs), TABLEAUS[method])
     final: Tensor = _Continuous.apply(ode, x, *inputs)
     return final
 
@@ -239,7 +225,7 @@ class _Flow:
     """The ODE and its adjoint on one grid. Quantities: y (state over alpha), a = dL/dy, g = dL/dinputs."""
 
     def __init__(
-        self, path: Path, times: list[float], epsilon: Epsilon, inputs: tuple[Tensor, ...], method: _Method
+        self, path: Path, times: list[float], epsilon: Epsilon, inputs: tuple[Tensor, ...], method: Tableau
     ) -> None:
         self.epsilon = epsilon
         self.inputs = inputs
@@ -260,12 +246,11 @@ class _Flow:
     def forward(self, x: Tensor) -> Tensor:
         y = x / self.first.alpha
         for h, nodes in zip(self.steps, self.forward_nodes, strict=True):
-            slope, total = y, torch.zeros_like(y)
-            for c, b, node in zip(self.method.c, self.method.b, nodes, strict=True):
-                seen = y if c == 0.0 else y + c * h * slope
-                slope = self.epsilon(node.alpha * seen, node).to(y.dtype)
-                total.add_(slope, alpha=b)
-            y = y + h * total
+            slopes: list[Tensor] = []
+            for row, node in zip(self.method.a, nodes, strict=True):
+                seen = _stepped(y, h, row, slopes)
+                slopes.append(self.epsilon(node.alpha * seen, node).to(y.dtype))
+            y = _stepped(y, h, self.method.b, slopes)
         return y * self.last.alpha
 
     def backward(self, final: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -273,18 +258,18 @@ class _Flow:
         y, a = final / self.last.alpha, grad * self.last.alpha
         found = [torch.zeros_like(t) for t in wanted]
         for h, nodes in zip(reversed(self.steps), reversed(self.backward_nodes), strict=True):
-            slope_y, slope_a = torch.zeros_like(y), torch.zeros_like(a)
-            total_y, total_a = torch.zeros_like(y), torch.zeros_like(a)
-            for c, b, node in zip(self.method.c, self.method.b, nodes, strict=True):
+            slopes_y: list[Tensor] = []
+            slopes_a: list[Tensor] = []
+            for row, b, node in zip(self.method.a, self.method.b, nodes, strict=True):
                 # Backwards: the step is -h.
-                at_y, at_a = (y - c * h * slope_y, a - c * h * slope_a) if c else (y, a)
+                at_y, at_a = _stepped(y, -h, row, slopes_y), _stepped(a, -h, row, slopes_a)
                 slope_y, slope_a, slopes = self._slopes(at_y, at_a, node, wanted)
-                total_y.add_(slope_y, alpha=b)
-                total_a.add_(slope_a, alpha=b)
+                slopes_y.append(slope_y)
+                slopes_a.append(slope_a)
                 for total, slope in zip(found, slopes, strict=True):
                     if slope is not None:
                         total.add_(slope, alpha=-h * b)
-            y, a = y - h * total_y, a - h * total_a
+            y, a = _stepped(y, -h, self.method.b, slopes_y), _stepped(a, -h, self.method.b, slopes_a)
         given = iter(found)
         return a / self.first.alpha, [next(given) if t.requires_grad else None for t in self.inputs]
 
@@ -300,6 +285,15 @@ class _Flow:
         gradients = torch.autograd.grad(value, [leaf, *wanted], a.to(value.dtype), allow_unused=True)
         on_state = torch.zeros_like(y) if gradients[0] is None else gradients[0]
         return value.detach().to(y.dtype), -on_state, [None if g is None else -g for g in gradients[1:]]
+
+
+def _stepped(base: Tensor, h: float, row: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    """base + h * sum row_j slope_j."""
+    total = base
+    for weight, slope in zip(row, slopes, strict=True):
+        if weight != 0.0:
+            total = total + (h * weight) * slope
+    return total
 
 
 class _Continuous(torch.autograd.Function):
