@@ -103,7 +103,7 @@ def diffusers_sde3(moment: Sequence[float], h: float, offsets: Sequence[float]) 
     """diffusers' sde-dpmsolver++ of order 3 (x0 form, tau = 1), defect included, for bit-compatibility only.
 
     Besides the missing half of `published3` its second difference carries -1/2 where +1/2 is right: an extra `-D2`
-    that does not vanish as h -> 0, so the solver is not even first order. Present in diffusers 0.42.1.
+    without a factor of h, so the solver is first order only. Present in diffusers 0.42.1.
     """
     found = published3(moment, h, offsets)
     if len(offsets) != 3:

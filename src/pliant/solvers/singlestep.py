@@ -40,24 +40,26 @@ def _last_stage(stages: Sequence[Held], fit: str) -> tuple[list[Held], str]:
     return list(stages), fit
 
 
-def emit_singlestep(b: ProgramBuilder, i: int, order: int, form: str, fit: str, inner: Sequence[float]) -> list[int]:
-    """Step i through stages at the `inner` shares of its log-SNR; returns the states at node i+1 by order 1..`order`.
+def emit_singlestep(
+    b: ProgramBuilder, i: int, order: int, form: str, fit: str, inner: Sequence[float], also_lower: bool = False
+) -> list[int]:
+    """Step i through stages at the `inner` shares of its log-SNR; returns the state at node i+1.
 
-    All start from the same state and share their stages: the embedded family of the adaptive driver. The current state
-    does not advance.
+    also_lower: and before it the state that order-1 makes of the same stages (the pair of the adaptive driver). The
+    current state does not advance. An infinite step is first order.
     """
     s, t = b.nodes[i], b.nodes[i + 1]
     form = finite_form(form, s, t)
-    base, stages = (b.state, s), [b.output(i)]
-    found = [b.transfer(form, t, stages, base=base)]
-    if not math.isfinite(b.span(form, s, t)):
-        return found
-    for k in range(1, order):
-        node = b.inner(i, form, inner[k - 1])
-        # The stage states themselves use every stage so far (sheet D, 1.5: two-node "taylor" weights).
-        stages.append(b.evaluate(node, b.transfer(form, node, stages, base=base)))
-        outputs, rule = _last_stage(stages, fit)
-        found.append(b.transfer(form, t, outputs, base=base, fit=rule))
+    base, stages, found = (b.state, s), [b.output(i)], list[int]()
+    highest = order if math.isfinite(b.span(form, s, t)) else 1
+    for k in range(1, highest + 1):
+        if k > 1:
+            node = b.inner(i, form, inner[k - 2])
+            # The stage states themselves use every stage so far (sheet D, 1.5: two-node "taylor" weights).
+            stages.append(b.evaluate(node, b.transfer(form, node, stages, base=base)))
+        if k == highest or (also_lower and k == highest - 1):
+            outputs, rule = _last_stage(stages, fit)
+            found.append(b.transfer(form, t, outputs, base=base, fit=rule))
     return found
 
 
@@ -158,7 +160,7 @@ class GridSinglestep(Solver):
 
     @property
     def convergence(self) -> int:
-        return self.order
+        return min(self.order, 2) if self.stochastic else self.order
 
     @property
     def stochastic(self) -> bool:

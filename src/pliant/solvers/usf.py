@@ -60,7 +60,7 @@ class USF(Solver):
     outputs that estimate it, by age: 0 is the newest; the start's own output is always in. Default: the newest order-1
     others for each. scale, kappa: `relaxation`. corrector: "none", "pseudo" (recompute the new state with the output
     found there, one order higher, no further call) or "implicit" (the same, and evaluate again at the corrected state).
-    The order drops while there is too little history.
+    Outputs that do not exist yet are left out, and the order drops where too few are left.
     """
 
     order: int = 2
@@ -151,7 +151,8 @@ class USF(Solver):
         found: list[tuple[int, ...]] = []
         rule, t = get_form(form), b.nodes[i + 1]
         for k, stencil in enumerate(wanted, start=1):
-            if len(stencil) < k or any(j >= len(b.history) for j in stencil):
+            stencil = tuple(j for j in stencil if j < len(b.history))
+            if len(stencil) < k:
                 break
             s = b.history[age].node
             nodes = [s, *(b.history[j].node for j in stencil)]
