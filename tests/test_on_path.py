@@ -256,6 +256,11 @@ def test_files_remember(tmp_path: Any) -> None:
         assert back.preconditioning == model.preconditioning
         assert back.fingerprint() == model.fingerprint()
     assert plain.fingerprint() != moved.fingerprint()
+    foreign = Denoiser(tiny_dit(), SD, "epsilon", NetworkTime.timesteps()).on_path(get_path("vp-discrete"))
+    for model, message in ((plain, "is preconditioned"), (foreign, "trained on path 'vp-discrete'")):
+        for name, target in (("official-dit", "foreign.pt"), ("diffusers", "foreign")):
+            with pytest.raises(pliant.PliantError, match=message):
+                pliant.save(model, tmp_path / target, format=name)
     assert replace(plain, preconditioning=Preconditioning()).fingerprint() != plain.fingerprint()
 
 

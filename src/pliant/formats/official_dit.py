@@ -265,7 +265,14 @@ def write(
 
 
 def plain_network_only(denoiser: Denoiser) -> None:
-    """Raises FormatError for a flexible network, which no foreign format can hold."""
+    """Raises FormatError for what no foreign format can hold: flexible or preconditioned networks, other paths."""
+    if denoiser.preconditioning is not None:
+        raise FormatError("this model is preconditioned and only format 'pliant' can hold that")
+    if denoiser.trained is not None:
+        raise FormatError(
+            f"this model was trained on path {denoiser.trained.path.name!r} and is used along {denoiser.path.name!r}; "
+            f"only format 'pliant' can hold that. Save the model before on_path"
+        )
     if isinstance(denoiser.network, FlexiDiT):
         raise FormatError(
             "this model is flexible and only format 'pliant' can hold that; to export one of its sizes, save "
