@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 
-def _vae(channels: int = 4, **options: Any) -> Any:
+def tiny_vae(channels: int = 4, **options: Any) -> Any:
+    """An AutoencoderKL without down-sampling."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -37,7 +38,7 @@ def dit_pipeline(scheduler: Any, learned_sigma: bool = True) -> Any:
         num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_zero",
         norm_elementwise_affine=False, activation_fn="gelu-approximate", attention_bias=True,
     )  # fmt: skip
-    pipe = DiTPipeline(_shaken(network), _vae(), scheduler)
+    pipe = DiTPipeline(_shaken(network), tiny_vae(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -58,8 +59,8 @@ def sd_pipeline(scheduler: Any, kind: Any = None) -> Any:
     )
     build = kind or StableDiffusionPipeline
     pipe = build(
-        vae=_vae(), text_encoder=text.eval(), tokenizer=None, unet=network, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=tiny_vae(), text_encoder=text.eval(), tokenizer=None, unet=network, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -75,7 +76,7 @@ def flux_pipeline(scheduler: Any) -> Any:
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     pipe = FluxPipeline(
-        scheduler=scheduler, vae=_vae(4), text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+        scheduler=scheduler, vae=tiny_vae(4), text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
         transformer=_shaken(network),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
@@ -92,7 +93,7 @@ def sd3_pipeline(scheduler: Any) -> Any:
         joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
     )  # fmt: skip
     pipe = StableDiffusion3Pipeline(
-        transformer=_shaken(network), scheduler=scheduler, vae=_vae(4, shift_factor=0.0), text_encoder=None,
+        transformer=_shaken(network), scheduler=scheduler, vae=tiny_vae(4, shift_factor=0.0), text_encoder=None,
         tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

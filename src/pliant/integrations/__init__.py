@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
+    "PliantPipeline": "pliant.integrations.diffusers_pipeline",
     "ProgramScheduler": "pliant.integrations.diffusers_schedulers",
     "plan_from_scheduler": "pliant.integrations.diffusers_import",
     "program_from_scheduler": "pliant.integrations.diffusers_import",
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pliant.integrations.diffusers_import import plan_from_scheduler as plan_from_scheduler
     from pliant.integrations.diffusers_import import program_from_scheduler as program_from_scheduler
     from pliant.integrations.diffusers_import import scheduler_form as scheduler_form
+    from pliant.integrations.diffusers_pipeline import PliantPipeline as PliantPipeline
     from pliant.integrations.diffusers_schedulers import ProgramScheduler as ProgramScheduler
 
 
