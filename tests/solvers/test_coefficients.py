@@ -10,15 +10,12 @@ from analytic import GMM2D, exact_flow, sample, slope, start_points, times_betwe
 from pliant.errors import PlanError
 from pliant.paths import get_path, uniform_times
 from pliant.solvers import (
-    SOLVERS,
+    TABLEAUS,
     Eval,
     Lin,
     Multistep,
-    Program,
     ProgramBuilder,
     compile_program,
-    consistency,
-    get_solver,
 )
 from pliant.solvers.coefficients import FORMS, depth_of_eta, depth_of_tau, get_form, order_allowed, step_weights
 from pliant.solvers.exponential import emit_multistep
@@ -83,76 +80,6 @@ def test_third_order_in_every_form(form):
 
 def test_published_third_order_is_second():
     assert order_of(Multistep(3, fit="published3")) == pytest.approx(2.0, abs=0.1)
-
-
-GRIDS = {
-    "vp-discrete": (1.0, 0.0),
-    "vp": (1.0, 0.0),
-    "linear": (0.999, 0.0),
-    "gvp": (0.999, 0.0),
-    "cosine": (0.99, 0.0),
-}
-# Every solver that is exact for constant x0 and eps: all but those in t.
-CONSISTENT = [
-    name for name, entry in SOLVERS.items()
-    if not entry.alias and not entry().stochastic and entry().form in ("sample", "epsilon", "epsilon-rho")
-] + [{"name": "dpmpp-2m", "fit": "lagrange"}, {"name": "unipc-2", "B": "bh1"},
-     {"name": "dc-solver", "ratios": [1, 1, 0.9, 1.1, 0.8]},
-     {"name": "usf", "order": 3, "start": 2, "scale": "midpoint", "corrector": "pseudo"}]  # fmt: skip
-
-
-@pytest.mark.parametrize("path_name", GRIDS)
-@pytest.mark.parametrize("stored", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("solver", CONSISTENT, ids=str)
-def test_identities_hold_and_notice_a_mutation(solver, stored, path_name):
-    first, last = GRIDS[path_name]
-    if get_solver(solver).form == "epsilon-rho":
-        first = 0.99
-    path = get_path(path_name)
-    program = compile_program(path, uniform_times(12, first, last), solver, stored)
-    assert worst(program) < 1e-12
-    for number, step in enumerate(program.steps):
-        if number not in (1, 4, 11):
-            continue
-        place = len(step) - 1
-        for terms in ("x", "m"):
-            for k, (register, c) in enumerate(getattr(step[place], terms)):
-                broken = list(getattr(step[place], terms))
-                broken[k] = (register, c + 1e-3)
-                op = dataclasses.replace(step[place], **{terms: tuple(broken)})
-                steps = (*program.steps[:number], (*step[:place], op), *program.steps[number + 1 :])
-                assert worst(dataclasses.replace(program, steps=steps)) > 1e-9
-
-
-def worst(program: Program) -> float:
-    return max(max(abs(r.data), abs(r.noise)) for r in consistency(program))
-
-
-@pytest.mark.parametrize("solver", ["euler", "heun", "midpoint"])
-def test_runge_kutta_is_exact_on_the_straight_path(solver):
-    program = compile_program(get_path("linear"), uniform_times(7), solver, "velocity")
-    assert worst(program) < 1e-14
-
-
-@pytest.mark.parametrize("stored", ["velocity", "v_prediction"])
-@pytest.mark.parametrize(
-    "name", [n for n, e in SOLVERS.items() if e().form in ("velocity", "angle") and not e().stochastic]
-)
-def test_constant_velocity_is_exact(name, stored):
-    """Sheet D, 14.5: the outputs' coefficients of every state sum to the distance from the step's start."""
-    solver = get_solver(name)
-    kind = "velocity" if solver.form == "velocity" else "v_prediction"
-    if stored != kind:
-        pytest.skip("the identity is about the form's own kind")
-    program = compile_program(get_path("gvp"), uniform_times(7, 0.99, 0.02), solver, kind)
-    variable = get_form(solver.form).variable
-    place = {0: variable(program.start)}
-    for op in program.instructions():
-        if isinstance(op, Lin):
-            ((base, one),) = op.x
-            place[op.out] = variable(op.node)
-            assert one == 1.0
-            assert sum(c for _, c in op.m) == pytest.approx(place[op.out] - place[base], abs=1e-12)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -281,3 +208,35 @@ def test_coefficients_are_float64():
     assert isinstance(lin, Lin)
     assert dict(lin.x)[0] == pytest.approx(t.alpha / s.alpha, rel=1e-14)
     assert dict(lin.m)[0] == pytest.approx(t.sigma - s.sigma * t.alpha / s.alpha, rel=1e-13)
+
+
+# Order conditions of Runge-Kutta methods: one per rooted tree, as (order, left side, right side).
+def tree_conditions(tableau):
+    c = torch.tensor(tableau.c, dtype=torch.float64)
+    b = torch.tensor(tableau.b, dtype=torch.float64)
+    a = torch.zeros(len(c), len(c), dtype=torch.float64)
+    for i, row in enumerate(tableau.a):
+        a[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+    ac, acc = a @ c, a @ c**2
+    sides = [(1, b.sum(), 1), (2, b @ c, 1 / 2), (3, b @ c**2, 1 / 3), (3, b @ ac, 1 / 6)]
+    sides += [(4, b @ c**3, 1 / 4), (4, b @ (c * ac), 1 / 8), (4, b @ acc, 1 / 12), (4, b @ (a @ ac), 1 / 24)]
+    sides += [
+        (5, b @ c**4, 1 / 5),
+        (5, b @ (c**2 * ac), 1 / 10),
+        (5, b @ (c * acc), 1 / 15),
+        (5, b @ (a @ c**3), 1 / 20),
+    ]
+    sides += [(5, b @ (c * (a @ ac)), 1 / 30), (5, b @ ac**2, 1 / 20), (5, b @ (a @ (c * ac)), 1 / 40)]
+    sides += [(5, b @ (a @ acc), 1 / 60), (5, b @ (a @ (a @ ac)), 1 / 120)]
+    rows = [float((a.sum(1) - c).abs().max())]
+    return sides, rows
+
+
+@pytest.mark.parametrize("name", TABLEAUS)
+def test_tableaus_satisfy_their_order_conditions(name):
+    sides, rows = tree_conditions(TABLEAUS[name])
+    assert max(rows) < 1e-14
+    wrong = [(order, float(left) - right) for order, left, right in sides if abs(float(left) - right) > 1e-14]
+    assert not [w for w in wrong if w[0] <= TABLEAUS[name].order]
+    if TABLEAUS[name].order < 5:
+        assert [w for w in wrong if w[0] == TABLEAUS[name].order + 1]  # and not more than declared

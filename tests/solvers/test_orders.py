@@ -8,7 +8,7 @@ import torch
 
 from analytic import GMM2D, exact_flow, gaussian, gaussian_flow, sample, slope, start_points, times_between
 from pliant.paths import get_path, uniform_times
-from pliant.solvers import SOLVERS, TABLEAUS, compile_program, get_solver
+from pliant.solvers import SOLVERS, compile_program, get_solver
 
 DETERMINISTIC = [name for name, entry in SOLVERS.items() if not entry.alias and not entry().stochastic]
 # A few of each kind, for the slower properties.
@@ -71,38 +71,6 @@ def test_order_on_other_paths(name, path_name):
     solver = untapered(name)
     counts = (48, 96) if solver.convergence < 4 else COUNTS[4]
     assert slope(errors(path_name, solver, counts=counts)) == pytest.approx(solver.convergence, abs=0.25)
-
-
-# Order conditions of Runge-Kutta methods: one per rooted tree, as (order, left side, right side).
-def tree_conditions(tableau):
-    c = torch.tensor(tableau.c, dtype=torch.float64)
-    b = torch.tensor(tableau.b, dtype=torch.float64)
-    a = torch.zeros(len(c), len(c), dtype=torch.float64)
-    for i, row in enumerate(tableau.a):
-        a[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
-    ac, acc = a @ c, a @ c**2
-    sides = [(1, b.sum(), 1), (2, b @ c, 1 / 2), (3, b @ c**2, 1 / 3), (3, b @ ac, 1 / 6)]
-    sides += [(4, b @ c**3, 1 / 4), (4, b @ (c * ac), 1 / 8), (4, b @ acc, 1 / 12), (4, b @ (a @ ac), 1 / 24)]
-    sides += [
-        (5, b @ c**4, 1 / 5),
-        (5, b @ (c**2 * ac), 1 / 10),
-        (5, b @ (c * acc), 1 / 15),
-        (5, b @ (a @ c**3), 1 / 20),
-    ]
-    sides += [(5, b @ (c * (a @ ac)), 1 / 30), (5, b @ ac**2, 1 / 20), (5, b @ (a @ (c * ac)), 1 / 40)]
-    sides += [(5, b @ (a @ acc), 1 / 60), (5, b @ (a @ (a @ ac)), 1 / 120)]
-    rows = [float((a.sum(1) - c).abs().max())]
-    return sides, rows
-
-
-@pytest.mark.parametrize("name", TABLEAUS)
-def test_tableaus_satisfy_their_order_conditions(name):
-    sides, rows = tree_conditions(TABLEAUS[name])
-    assert max(rows) < 1e-14
-    wrong = [(order, float(left) - right) for order, left, right in sides if abs(float(left) - right) > 1e-14]
-    assert not [w for w in wrong if w[0] <= TABLEAUS[name].order]
-    if TABLEAUS[name].order < 5:
-        assert [w for w in wrong if w[0] == TABLEAUS[name].order + 1]  # and not more than declared
 
 
 def test_sheet_numbers():
