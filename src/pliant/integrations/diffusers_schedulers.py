@@ -199,6 +199,7 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
         self._times = [*times, end]
         self.num_inference_steps = len(times)
         self.program: Program = self._compiled(self._times)
+        self._cuts = cut(self.program)
         evaluations = self.program.evaluations
         self.timesteps = self._encoded([e.node.t for e in evaluations]).to(device)
         levels = [e.node.sigma if self._flow else _ratio(e) for e in evaluations]
@@ -291,7 +292,7 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
         program, place = next(((p, k) for k in places if (p := self._from(k))), (None, 0))
         if program is None:
             raise PlanError(f"timestep {float(timestep):g} does not begin a step of this schedule")
-        self._cursor = Cursor(cut(program), program.variance_outputs)
+        self._cursor = Cursor(self._cuts if place == 0 else cut(program), program.variance_outputs)
         self._step_index = place
 
     def _from(self, place: int) -> Program | None:

@@ -2,19 +2,26 @@
 
 from pliant.plans.budget import Budget, parse_budget
 from pliant.plans.cost import PlanCost
+from pliant.plans.gradients import Gradients, differentiable_sample, sample_with_gradients
+from pliant.plans.mcmc import DenoisingMCMC, geometric_levels
 from pliant.plans.plan import Plan, Step
 from pliant.plans.presets import uniform, weak_to_powerful, weakest
 from pliant.plans.sampling import Sampler, sample, sample_steps
 
 __all__ = [
     "Budget",
+    "DenoisingMCMC",
+    "Gradients",
     "Plan",
     "PlanCost",
     "Sampler",
     "Step",
+    "differentiable_sample",
+    "geometric_levels",
     "parse_budget",
     "sample",
     "sample_steps",
+    "sample_with_gradients",
     "uniform",
     "weak_to_powerful",
     "weakest",

@@ -1,6 +1,7 @@
 """Solvers write programs; one interpreter runs them."""
 
 from pliant.solvers.adaptive import Recorded, dpm_adaptive, ode_adaptive
+from pliant.solvers.adjoint import continuous_run, differentiable_run
 from pliant.solvers.ancestral import DDPM, FullNoise
 from pliant.solvers.builder import ProgramBuilder, Row, Stored, Virtual, nodes_of
 from pliant.solvers.churn import Churn
@@ -11,6 +12,7 @@ from pliant.solvers.normal_form import NormalForm, consistency, normal_form, nor
 from pliant.solvers.pndm import PNDM
 from pliant.solvers.program import Eval, Instruction, LearnedNoise, Lin, Node, Program
 from pliant.solvers.registry import SOLVERS, SolverInfo, SolverLike, get_solver, solver_infos
+from pliant.solvers.rows import Rows
 from pliant.solvers.runge_kutta import TABLEAUS, RungeKutta, Tableau
 from pliant.solvers.sde import SiTSDE, sde_times
 from pliant.solvers.singlestep import GridSinglestep, Singlestep, fast_orders, fast_plan
@@ -44,6 +46,7 @@ __all__ = [
     "ProgramBuilder",
     "Recorded",
     "Row",
+    "Rows",
     "RungeKutta",
     "SiTSDE",
     "Singlestep",
@@ -58,6 +61,8 @@ __all__ = [
     "check_times",
     "compile_program",
     "consistency",
+    "continuous_run",
+    "differentiable_run",
     "dpm_adaptive",
     "fast_orders",
     "fast_plan",
