@@ -34,8 +34,13 @@ class DataError(PliantError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """A sentence that points to the nearest known name, e.g. `did you mean 'heun'? Known: ddim, heun.`"""
+    """A sentence that points to the nearest known name, e.g. `did you mean 'heun'? Known: ddim, heun.`
+
+    A long list is cut to the names that look alike.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
+    if near and len(names) > 20:
+        return f"{hint}Similar: {', '.join(near)} ({len(names)} are known)."
     return f"{hint}Known: {', '.join(names)}."
