@@ -16,6 +16,9 @@ from pliant.integrations import (  # noqa: E402
     scheduler_form,
 )
 
+# Their modules hand tensors to numpy in a way that numpy 2 discourages.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 PLAIN = {"clip_sample": False}
 DDPM = {"beta_start": 1e-4, "beta_end": 0.02}
 SCHEDULERS = [

@@ -270,6 +270,41 @@ def test_clipping_and_other_tables(config):
     assert gap(walk(ours, 5), walk(reference, 5, use_clipped_model_output=True)) < 1e-4
 
 
+@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small", "fixed_large"])
+def test_ddpm_with_learned_variance(variance_type):
+    """Outputs with twice the channels carry the variance; a network without it uses one of the fixed ones."""
+    reference = diffusers.DDPMScheduler(clip_sample=False, variance_type=variance_type)
+    ours = ProgramScheduler.from_config(reference.config, solver="ddpm")
+    channels, finals = 6 if variance_type == "learned_range" else 3, []
+    for scheduler in (ours, reference):
+        scheduler.set_timesteps(6)
+        g, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+        x = torch.randn(2, 3, 4, 4, generator=g)
+        for t in scheduler.timesteps:
+            out = torch.tanh(torch.randn(2, channels, 4, 4, generator=g))
+            x = scheduler.step(out, t, x, generator=noise).prev_sample
+        finals.append(x)
+    assert gap(*finals) < EXACT
+    if channels == 6:
+        ours.set_timesteps(3)
+        with pytest.raises(PlanError, match="returned none"):
+            ours.step(x, ours.timesteps[0], x)
+
+
+def test_custom_timesteps_and_sigmas():
+    chosen = [999, 850, 600, 300, 40]
+    reference = diffusers.DPMSolverMultistepScheduler(**SD)
+    pipe = sd_pipeline(reference)
+    theirs = run(pipe, None, timesteps=chosen)
+    pipe.scheduler = ProgramScheduler.from_config(reference.config, solver="dpmpp-2m")
+    assert gap(run(pipe, None, timesteps=chosen), theirs) < EXACT
+    assert pipe.scheduler.timesteps.tolist() == chosen
+    ratios = pipe.scheduler.sigmas.tolist()
+    assert len(ratios) == 6 and ratios[-1] == 0.0
+    again = run(pipe, None, sigmas=ratios)
+    assert gap(again, theirs) < 1e-3  # sigmas are float32
+
+
 def test_generators_make_noise_reproducible():
     ours = ProgramScheduler(solver={"name": "ddim", "eta": 1.0})
     theirs = diffusers.DDIMScheduler(clip_sample=False)
