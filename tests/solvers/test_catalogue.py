@@ -266,7 +266,7 @@ def test_unipc_weights_by_hand(form, B, value):
 
 def test_unipc_spends_one_call_per_step_and_remembers_predictions():
     program = compile_program(VP, TIMES, "unipc-3", "sample")
-    assert program.num_evaluations == 8
+    assert [e.step for e in program.evaluations] == list(range(8))  # a call taken ahead is the next step's
     for step in program.steps[:-1]:
         *_, predict, evaluate, correct = step
         assert isinstance(evaluate, Eval) and evaluate.state == predict.out  # the uncorrected state
@@ -426,6 +426,9 @@ def test_usf_stencils_and_calls():
         for c in ("none", "pseudo", "implicit")
     }
     assert counts == {"none": 8, "pseudo": 8, "implicit": 15}  # the last step is never corrected
+    implicit = compile_program(VP, TIMES, {"name": "usf", "corrector": "implicit"}, "epsilon")
+    assert [e.step for e in implicit.evaluations] == [k for k in range(8) for _ in range(2)][:15]
+    assert len({e.state for e in implicit.evaluations}) == 15
     with pytest.raises(PlanError, match="derivative 2"):
         get_solver({"name": "usf", "order": 3, "stencils": [[1], [1]]})
     with pytest.raises(PlanError, match="derivatives"):

@@ -57,6 +57,15 @@ def test_published_rules_by_hand():
     assert sum(quadratic) == pytest.approx(m[2] * 0.5)
 
 
+def test_published3_on_any_nodes():
+    """The subtracted row is the second divided difference: 0 on lines, 1 on u^2, wherever the nodes lie."""
+    offsets, h = [0.1, -0.3, -0.7], 0.5
+    m = moments(h, 1.0, 3)
+    gap = [a - b for a, b in zip(lagrange(m, h, offsets), published3(m, h, offsets), strict=True)]
+    for power, expected in enumerate((0.0, 0.0, 0.5 * m[2])):
+        assert sum(w * v**power for w, v in zip(gap, offsets, strict=True)) == pytest.approx(expected, abs=1e-14)
+
+
 def order_of(solver, path="vp", stored="epsilon", counts=(96, 192, 384)):
     p = get_path(path)
     found = []

@@ -55,7 +55,7 @@ class UniPC(Solver):
         if last or i in self.disable_corrector:
             builder.advance(predicted)
             return
-        new = builder.evaluate(t, predicted)
+        new = builder.evaluate(t, predicted, ahead=True)
         builder.advance(builder.transfer(form, t, [*outputs, new], base=base, fit=fit))
         builder.remember(new)
 

@@ -117,14 +117,14 @@ class USF(Solver):
         if self.corrector == "none" or last:
             builder.advance(predicted)
             return
-        builder.remember(builder.evaluate(t, predicted))
+        builder.remember(builder.evaluate(t, predicted, ahead=self.corrector == "pseudo"))
         # Every stencil grows by the new output (age 0); the new highest derivative takes all there is.
         grown = [(0, *(age + 1 for age in stencil)) for stencil in used]
         grown.append(grown[-1] if grown else (0,))
         corrected, _ = self._step(builder, i, form, start + 1, len(used) + 2, grown)
         builder.advance(corrected)
         if self.corrector == "implicit":
-            builder.history[0] = builder.evaluate(t)
+            builder.history[0] = builder.evaluate(t, ahead=True)
 
     def _step(
         self, b: ProgramBuilder, i: int, form: str, start: int, order: int, stencils: Sequence[Sequence[int]]
