@@ -11,7 +11,7 @@ from torch import Tensor
 from analytic import GMM2D, exact_flow, gaussian, sample, start_points
 from pliant.errors import ConfigError
 from pliant.paths import EDM, Preconditioning, get_path, make_grid
-from pliant.paths.preconditioning import iddpm_sigmas, vp_sigma, vp_time
+from pliant.paths.preconditioning import PreconditioningKind, iddpm_sigmas, vp_sigma, vp_time
 from pliant.solvers import compile_program, get_solver
 from pliant.solvers.builder import nodes_of
 
@@ -47,9 +47,10 @@ def test_unit_variances(sigma: float) -> None:
     torch.testing.assert_close(skip * x + out * target, x0)
 
 
-def test_on_other_paths() -> None:
-    """The same D: y = x/alpha, sigma = noise ratio. Finite where alpha = 0."""
-    p = Preconditioning()
+@pytest.mark.parametrize("kind", ["edm", "vp", "ve", "iddpm"])
+def test_on_other_paths(kind: PreconditioningKind) -> None:
+    """The same D: y = x/alpha, sigma = noise ratio."""
+    p = Preconditioning(kind)
     for name in ("linear", "vp", "gvp"):
         s = get_path(name).alpha_sigma(torch.tensor([0.2, 0.7]))
         ours, plain = p.coefficients(s.sigma, s.alpha), p.coefficients(s.sigma / s.alpha)
@@ -57,7 +58,10 @@ def test_on_other_paths() -> None:
         torch.testing.assert_close(ours.inp, plain.inp / s.alpha)
         torch.testing.assert_close(ours.out, plain.out)
         torch.testing.assert_close(ours.noise, plain.noise)
-    pure = p.coefficients(1.0, 0.0)
+
+
+def test_pure_noise_is_finite() -> None:
+    pure = Preconditioning().coefficients(1.0, 0.0)
     assert [float(pure.skip), float(pure.out), float(pure.inp)] == [0.0, 0.5, 1.0]
 
 
