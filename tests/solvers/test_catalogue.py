@@ -216,6 +216,31 @@ def test_full_noise_by_hand():
     assert last.z == () and last.m[0][1] == pytest.approx(-0.3)
 
 
+@pytest.mark.parametrize(
+    ("rule", "ends", "orders"),
+    [
+        ("auto", 0.0, [1, 2, 3, 3, 2, 1]),
+        ("auto", 0.1, [1, 2, 3, 3, 3, 3]),
+        (True, 0.1, [1, 2, 3, 3, 2, 1]),
+        (False, 0.1, [1, 2, 3, 3, 3, 3]),
+        (False, 0.0, [1, 2, 3, 3, 3, 1]),  # the step to sigma = 0 is infinite
+        (7, 0.1, [1, 2, 3, 3, 2, 1]),
+        (6, 0.1, [1, 2, 3, 3, 3, 3]),
+    ],
+)
+def test_lower_orders_at_the_end(rule, ends, orders):
+    solver = {"name": "dpmpp-3m", "lower_order_final": rule}
+    program = compile_program(VP, uniform_times(6, 1.0, ends), solver, "sample")
+    assert [len(step[-1].m) for step in program.steps] == orders
+    nine, ten = (
+        [len(step[-1].m) for step in compile_program(VP, uniform_times(n), "dpmpp-3m", "sample").steps][-2:]
+        for n in (9, 10)
+    )
+    assert (nine, ten) == ([2, 1], [3, 1])
+    lms = compile_program(VP, uniform_times(6), "lms-4", "sample")
+    assert [len(step[-1].m) for step in lms.steps] == [1, 2, 3, 4, 4, 4]
+
+
 # --------------------------------------------------------------------------------------------------- section 1: UniPC
 
 

@@ -19,7 +19,7 @@ from pliant.solvers import (
 )
 from pliant.solvers.coefficients import FORMS, depth_of_eta, depth_of_tau, get_form, order_allowed, step_weights
 from pliant.solvers.exponential import emit_multistep
-from pliant.solvers.fits import FITS, lagrange, midpoint, moments, published3, raw
+from pliant.solvers.fits import FITS, Pseudo, lagrange, midpoint, moments, published3, raw
 
 START = start_points()
 
@@ -64,6 +64,15 @@ def test_published3_on_any_nodes():
     gap = [a - b for a, b in zip(lagrange(m, h, offsets), published3(m, h, offsets), strict=True)]
     for power, expected in enumerate((0.0, 0.0, 0.5 * m[2])):
         assert sum(w * v**power for w, v in zip(gap, offsets, strict=True)) == pytest.approx(expected, abs=1e-14)
+
+
+def test_pseudo_divides_the_total():
+    m = moments(0.5, 1.0, 2)
+    rule = Pseudo((1.5, -0.5))
+    assert rule(m, 0.5, [0.0, -0.4]) == [1.5 * m[0], -0.5 * m[0]]
+    assert rule.shares(4.0, 2) == [6.0, -2.0]
+    with pytest.raises(PlanError, match="2 weights for 3"):
+        rule.shares(4.0, 3)
 
 
 def order_of(solver, path="vp", stored="epsilon", counts=(96, 192, 384)):

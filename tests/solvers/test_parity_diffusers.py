@@ -279,8 +279,6 @@ def test_schedulers_in_edm_coordinates(case, steps, betas, karras):
            "lms": diffusers.LMSDiscreteScheduler}[name]  # fmt: skip
     path, scheduler = make(cls, betas, steps, use_karras_sigmas=karras, prediction_type=kind)
     solver = {"euler": "euler-edm", "heun": "heun-edm", "lms": "lms-4"}[name]
-    if name == "lms":
-        solver = {"name": "lms-4", "lower_order_final": False}
     compare_ve(path, scheduler, solver, kind)
 
 

@@ -351,6 +351,17 @@ def test_what_a_path_cannot_do_is_said():
         assert bool(torch.isfinite(result.x0).all())
 
 
+def test_compute_and_solver_are_orthogonal():
+    """Which step pays for a call changes nothing in the coefficients (sheet D, 14.8(5))."""
+    program = program_for("unipc-2")
+    steps = tuple(
+        tuple(dataclasses.replace(op, step=7 - op.step) if isinstance(op, Eval) else op for op in step)
+        for step in program.steps
+    )
+    other = dataclasses.replace(program, steps=steps)
+    assert other != program and torch.equal(other.normal_form().rows(), program.normal_form().rows())
+
+
 def test_evaluations_carry_their_step():
     program = program_for("heun", steps=3)
     assert [e.step for e in program.evaluations] == [0, 0, 1, 1, 2]
