@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from support.cli import Run, refused
 
 from pliant.solvers import SOLVERS, Program, compile_program, get_solver
+from support.cli import Run, refused
 
 
 def test_the_list_is_complete_and_true(run: Run) -> None:
