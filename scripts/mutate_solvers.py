@@ -48,6 +48,9 @@ NOT_COEFFICIENTS = {
 }
 
 
+BROKEN = 98
+
+
 class Change(ast.NodeTransformer):
     """Walks a tree in a fixed order and applies the change with one number; counts them all if `target` is -1."""
 
@@ -159,8 +162,9 @@ def run_tests(file: str, source: str | None) -> int:
     os.dup2(null, 2)
     for number, arguments in enumerate(STAGES, start=1):
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
-        if pytest.main([*options, *arguments]) != 0:
-            os._exit(number)
+        result = int(pytest.main([*options, *arguments]))
+        if result != 0:  # 1: a test failed; 2: it does not even import; more: pytest could not run
+            os._exit(number if result in (1, 2) else BROKEN)
     os._exit(0)
 
 
@@ -189,8 +193,8 @@ def main() -> int:
 
     todo = [(f, *change) for f in options.files for change in changes(f)][options.offset :: options.every]
     print(f"{len(todo)} changes", flush=True)
-    begin, running, survivors, done = time.monotonic(), dict[int, tuple], [], 0
-    running = {}
+    begin, survivors, done = time.monotonic(), list[tuple[str, int, str]](), 0
+    running: dict[int, tuple[tuple[str, int, str, int, str], float]] = {}
     stages = [0] * (len(STAGES) + 1)
 
     def collect() -> None:
@@ -210,6 +214,8 @@ def main() -> int:
             survivors.append((file, line, what))
             text = (FOLDER / file).read_text().splitlines()[line - 1].strip()
             print(f"SURVIVOR {file}:{line} {what}: {text}", flush=True)
+        elif code == BROKEN:
+            raise SystemExit("pytest could not run the tests (was a file moved?); results would be worthless")
         elif 0 < code < len(stages):
             stages[code] += 1
         else:
