@@ -1,4 +1,16 @@
-"""Solvers by name. A new solver is a class, or just one line here: a class with options."""
+"""Solvers by name. A new solver is a class, or just one line here: a class with options.
+
+Defects of other libraries (sheet D, section 1; diffusers 0.42.1) and what becomes of them here:
+
+- DPM-Solver 3M lacks half of its quadratic term and is second order: `dpm-3m-published`, `dpmpp-3m-published`
+  (`mrs-3` inherits it); `dpm-3m` and `dpmpp-3m` have the full term.
+- sde-dpmsolver++ of order 3 also has a wrong sign: `sde-dpmpp-3m-diffusers`, for bit-compatibility only.
+- UniPC with bh1 is NaN at sigma = 0: the limit is taken. Its `vary_coeff` corrector has an index slip: not offered.
+- PNDM converts a combination of v-predictions at the current state: each is converted at its own state here.
+- Karras grids with final sigma "sigma_min" repeat the last sigma and pay for a call that does nothing: a grid that
+  repeats a time is refused.
+- EDM churn in EulerDiscrete evaluates before the noise is raised: `edm-churn` follows the paper.
+"""
 
 from __future__ import annotations
 
