@@ -242,6 +242,15 @@ def test_noise_is_added_as_diffusers_does():
     torch.testing.assert_close(ours.scale_noise(x, t, noise), flow.scale_noise(x, t, noise))
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_tables(schedule, zero_snr):
+    config = {"beta_schedule": schedule, "beta_start": 0.0005, "beta_end": 0.015, "rescale_betas_zero_snr": zero_snr}
+    theirs, ours = diffusers.DDPMScheduler(**config), ProgramScheduler.from_config(config)
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    assert (float(ours.alphas_cumprod[-1]) == 0.0) == zero_snr
+
+
 def walk(scheduler, steps=6, seed=0, **options):
     """The final sample for fixed network outputs."""
     scheduler.set_timesteps(steps)

@@ -176,6 +176,37 @@ def test_chains_of_a_model(path, prediction):
     assert not torch.equal(both[0].samples, both[1].samples)
 
 
+def test_starting_and_randomness():
+    """Chains start at the level nearest to the asked one; every random number is drawn once."""
+    slots = []
+
+    def draw(slot, shape):
+        slots.append(slot)
+        return torch.ones(3, *shape, dtype=torch.float64)
+
+    chains = SAMPLER.start(torch.zeros(3, 2, dtype=torch.float64), draw, sigma=0.5)
+    level = int((SIGMAS - 0.5).abs().argmin())
+    assert chains.level.tolist() == [level] * 3
+    torch.testing.assert_close(chains.y, torch.full((3, 2), float(SIGMAS[level]), dtype=torch.float64))
+    for _ in range(5):
+        chains = SAMPLER.update(chains, draw)
+    assert len(slots) == len(set(slots)) == 11 and chains.updates == 5
+
+
+def test_networks_see_their_own_path():
+    """y = x/alpha, so the network must be shown alpha*y at the time of this noise ratio."""
+    model, sigmas = tiny_denoiser(path="vp-discrete", prediction="epsilon"), geometric_levels(4, 0.1, 2.0)
+    sampler = DenoisingMCMC.for_model(model, [0, 1], spread_level(sigmas), sigmas)
+    y = torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = sampler.denoise(y, sigmas[[1, 3]])
+        for k, sigma in enumerate((float(sigmas[1]), float(sigmas[3]))):
+            alpha = (1.0 + sigma**2) ** -0.5
+            t = float(model.path.time_of_noise_ratio(sigma))
+            eps = model(alpha * y[k : k + 1], t, torch.tensor([k])).value
+            torch.testing.assert_close(found[k : k + 1], y[k : k + 1] - sigma * eps, rtol=1e-4, atol=1e-4)
+
+
 def test_finishing_grid():
     times = finishing_times(PATH, 2.0, 0.05, 5)
     ratios = PATH.noise_ratio(times)

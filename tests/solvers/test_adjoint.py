@@ -51,6 +51,29 @@ def test_discrete_equals_autograd(solver, stored):
     assert float(found[0][2].abs().min()) > 1e-3
 
 
+@pytest.mark.parametrize("solver", ["ddim", "mrs-2"])
+def test_offset_of_a_mean_reverting_path(solver):
+    program = compile_program(get_path("mean-reverting"), uniform_times(6, 0.9, 0.05), solver, "epsilon")
+    assert program.needs_offset
+    found = []
+    for adjoint in (True, False):
+        x, mu = start_points().requires_grad_(), start_points(seed=1).requires_grad_()
+
+        def evaluate(state, op):
+            return Output(torch.tanh(state * (1.0 + op.node.t)))
+
+        if adjoint:
+            final = differentiable_run(program, x, evaluate, mu=mu)
+        else:
+            for result in run(program, x, evaluate, mu=mu):
+                final = result.x
+        (final**2).sum().backward()
+        found.append((x.grad, mu.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        assert float(theirs.abs().min()) > 0
+
+
 class Net(nn.Module):
     """A network with variance output, many activations, and a condition."""
 

@@ -49,8 +49,7 @@ def test_noise_before_the_first_call_becomes_a_wider_start():
         spread_at_first_evaluation(churned(reads_start=True), 1.0)
 
 
-def test_what_the_owner_needs_is_never_freed():
-    """The state that is handed out stays, even if only the owner will read it."""
+def test_only_what_follows_the_first_call_is_run():
     pieces = cut(churned())
     assert len(pieces) == 1 and isinstance(pieces[0].updates[0][0], Lin)
     x = torch.ones(1, 2)

@@ -39,6 +39,7 @@ def test_stages_and_memory():
     second = Rows((((1.0,), (0.0, 0.0, 1.0), ()),))
     program = compile_program(PATH, TIMES, [first, second], "epsilon")
     assert [e.node.t for e in program.evaluations] == [1.0, 1.0, 0.6]
+    assert [op.node.t for step in program.steps for op in step if isinstance(op, Lin)] == [1.0, 1.0, 0.6, 0.2]
     expected = torch.tensor(
         [[2.0, 0, 0, 0], [2.0, 0.5, 0, 0], [2.0, 0.25, 0.25, 0], [2.0, 1.25, 0.25, 0]], dtype=torch.float64
     )

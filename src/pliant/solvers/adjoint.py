@@ -79,7 +79,7 @@ class _Tape:
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
         """Gradients of (start state, offset, inputs) for the gradient of the final state."""
-        adjoint: dict[Register, Tensor] = {("x", self.program.final): grad.clone()}
+        adjoint: dict[Register, Tensor] = {("x", self.program.final): grad}
         offset: Tensor | None = None
         found: list[Tensor | None] = [None] * len(self.inputs)
         checked = self.partial

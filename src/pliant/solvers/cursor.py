@@ -103,20 +103,17 @@ class Cursor:
             if output.variance is None:
                 raise PlanError(f"step {op.step} uses a learned variance, but the network returned none")
             registers["u", op.out] = _checked(output.variance, state, "the network's variance")
-        # The state that is returned must survive, also where nothing but the owner reads it.
-        kept: Register = ("x", piece.returns)
-        _free(registers, piece.dead, kept)
+        _free(registers, piece.dead)
         for lin, dead in piece.updates:
             for kind, slot in lin.reads():
                 if kind == "z" and ("z", slot) not in registers:
                     registers["z", slot] = _checked(noise(slot), state, f"noise {slot}")
             registers["x", lin.out] = _lin(lin, registers, state, None)
-            _free(registers, dead, kept)
+            _free(registers, dead)
         self._place += 1
-        return registers[kept]
+        return registers["x", piece.returns]  # alive: the next call reads it, and the sample never dies
 
 
-def _free(registers: dict[Register, Tensor], dead: Sequence[Register], kept: Register) -> None:
+def _free(registers: dict[Register, Tensor], dead: Sequence[Register]) -> None:
     for register in dead:
-        if register != kept:
-            registers.pop(register, None)
+        registers.pop(register, None)
