@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pliant.denoiser import Denoiser
 from pliant.adapters.flexify import flexify
+from pliant.denoiser import Denoiser
 from pliant.models import DiT, DiTConfig
 from pliant.paths import NetworkTime, get_path
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pliant.adapters.flexify import flexify
 from pliant.compute import WITHOUT_CONDITIONING, Compute, counted_flops
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
-from pliant.adapters.flexify import flexify
 from pliant.guidance import Guidance
 from pliant.models import DiT, DiTConfig
 from pliant.paths import NetworkTime, get_path
@@ -62,9 +62,7 @@ def test_budget_inverts_the_closed_form(budget: float) -> None:
 def test_cost_equals_the_counted_flops(make) -> None:
     model = make("flow")
     plan = Plan.weak_to_powerful(model, 6, 0.6, solver="heun", guidance=2.0, weak_guidance_steps=1)
-    plan = plan.with_steps(
-        replace(s, compute=replace(s.compute, precision="fp32")) for s in plan.steps
-    )
+    plan = plan.with_steps(replace(s, compute=replace(s.compute, precision="fp32")) for s in plan.steps)
     sampler = Sampler(model, plan)
     counted = counted_flops(lambda: sampler([1, 2, 3], [0, 1, 2]))
     # Tables compute the modulations once per distinct label instead of once per image: the run may only be cheaper.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def euler_by_hand(model: Denoiser, times: list[float], labels: list[int], seeds:
     x = torch.stack([seeded_noise(s, -1, model.sample_shape) for s in seeds])
     y = torch.tensor(labels)
     with torch.no_grad():
-        for t, t_next in zip(times, times[1:], strict=False):
+        for t, t_next in pairwise(times):
             x = x + (t_next - t) * model(x, t, y, compute).to("velocity")
     return x
 
@@ -33,7 +35,9 @@ def test_engine_equals_the_plain_loop(make, kind: str, patch: int | None) -> Non
     compute = Compute.of(patch, precision="fp32")
     plan = Plan.uniform(model, 7, "euler", compute)
     ours = sample(model, plan, [0, 4, 5], [1, 2, 3])
-    torch.testing.assert_close(ours, euler_by_hand(model, plan.times, [0, 4, 5], [1, 2, 3], compute), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        ours, euler_by_hand(model, plan.times, [0, 4, 5], [1, 2, 3], compute), atol=2e-5, rtol=1e-4
+    )
 
 
 def test_unmerged_adapters_give_the_same_samples(make) -> None:
