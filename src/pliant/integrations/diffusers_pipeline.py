@@ -22,7 +22,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import FormatError, PlanError, suggest
 from pliant.files import write_json
 from pliant.formats import load, save
-from pliant.models.autoencoders import config_scaling, load_autoencoder
+from pliant.models.autoencoders import decoded, load_autoencoder
 from pliant.plans import Plan, Sampler
 from pliant.solvers import SolverLike
 
@@ -169,14 +169,7 @@ class PliantPipeline(DiffusionPipeline):
         """Latents (B, C, h, w) to images in about [-1, 1]; pixels stay as they are."""
         if self.vae is None:
             return latents.float()
-        shift, scale = (torch.tensor(v) for v in config_scaling(self.vae))
-        stored = self.denoiser.metadata.get("latents")  # what the model was trained on goes before the vae's config
-        if stored:
-            shift, scale = (torch.tensor(stored[k])[:, None, None] for k in ("shift", "scale"))
-        x = latents.float() / scale.to(latents.device) + shift.to(latents.device)
-        parameter = next(self.vae.parameters())
-        image: Tensor = self.vae.decode(x.to(parameter)).sample
-        return image.float()
+        return decoded(self.vae, latents, self.denoiser.metadata.get("latents"))
 
     def _plan(
         self,

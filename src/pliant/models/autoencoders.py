@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pliant.errors import ConfigError, FormatError
 
@@ -51,3 +52,19 @@ def config_scaling(autoencoder: Any) -> tuple[float, float]:
     config = autoencoder.config
     shift, scale = getattr(config, "shift_factor", None), getattr(config, "scaling_factor", None)
     return float(shift or 0.0), float(scale or 1.0)
+
+
+def decoded(autoencoder: Any, latents: Tensor, normalisation: dict[str, Any] | None) -> Tensor:
+    """Latents (B, C, h, w) as a model makes them -> images (B, 3, H, W) float32 in about [-1, 1].
+
+    normalisation: {"shift": [...], "scale": [...]} per channel that the model's training data had (its metadata's
+    "latents"); None: what the autoencoder's config says. The model saw `(latent - shift) * scale`.
+    """
+    if normalisation:
+        shift, scale = (torch.tensor(normalisation[k])[:, None, None] for k in ("shift", "scale"))
+    else:
+        shift, scale = (torch.tensor(v) for v in config_scaling(autoencoder))
+    parameter = next(autoencoder.parameters())
+    x = latents.float() / scale.to(latents.device) + shift.to(latents.device)
+    images: Tensor = autoencoder.decode(x.to(parameter.device, parameter.dtype)).sample
+    return images.float()
