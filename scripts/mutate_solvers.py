@@ -31,18 +31,19 @@ FILES = ("fits.py", "coefficients.py", "builder.py", "exponential.py", "singlest
          "runge_kutta.py", "churn.py", "usf.py", "ancestral.py", "sde.py", "adaptive.py")  # fmt: skip
 # Quick and sharp first; the others only see what these let through.
 STAGES = (
-    ["tests/solvers/test_coefficients.py"],
+    ["tests/solvers/test_coefficients.py", "-k", "not third_order and not second"],
+    ["tests/solvers/test_catalogue.py", "-k", "by_hand or formulas or named_solvers or is_ or agree or lower or allocation"],
     ["tests/solvers/test_catalogue.py", "tests/solvers/test_stochastic.py"],
     ["tests/solvers/test_parity_diffusers.py", "tests/solvers/test_program.py", "-k", "not thousand"],
     ["tests/solvers/test_orders.py"],
-    ["tests/solvers/test_identities.py"],
+    ["tests/solvers/test_identities.py", "tests/solvers/test_coefficients.py"],
 )
 # Patterns of lines whose numbers are not coefficients, each with its reason.
 NOT_COEFFICIENTS = {
     r"raise |Error\(|^\s*f?\"|match=": "messages",
     r"1e-18|abs\(z\) [<>] 0\.5|abs\(z\) < 0\.5 \+ k": "where a series takes over: both are right there",
     r"_MAX_NODES|MAX_ORDER|_HISTORY|del self\.history|check_order\(": "limits",
-    r"1e-6 \* abs|1e-9|1e-12|10\*\*9|max_steps|1e-3": "tolerances",
+    r"1e-6 \* abs|length = |1e-9|1e-12|10\*\*9|max_steps|1e-3": "tolerances",
     r"convergence|evaluations_per_step|return \d$|min\(self\.order, 2\)": "what a solver says of itself",
     r"next\(\(w for w in u": "a stand-in for steps without an inner node, never used",
 }
@@ -185,7 +186,7 @@ def main() -> int:
     parser.add_argument("--offset", type=int, default=0, help="with --every: where to begin")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop starting new ones after this long")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a run counts as noticed")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a run is given up")
     options = parser.parse_args()
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT / "src")]
@@ -232,7 +233,7 @@ def main() -> int:
     while running:
         collect()
     print(f"{done} of {len(todo)} changes tried in {time.monotonic() - begin:.0f} s; noticed by stage {stages[1:]}, "
-          f"by a crash or the time limit {stages[0]}; {len(survivors)} survive")  # fmt: skip
+          f"given up {stages[0]}; {len(survivors)} survive")  # fmt: skip
     return 1 if survivors else 0
 
 

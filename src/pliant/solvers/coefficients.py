@@ -179,13 +179,13 @@ def order_allowed(form: Form, s: Node, t: Node, nodes: Sequence[Node]) -> int:
     infinite places or (nearly) repeated nodes end the list (sheet D, 14.3 step 5 and 14.9).
     """
     base = form.variable(s)
-    h = form.variable(t) - base
-    if not math.isfinite(h):
+    length = form.variable(t) - base  # only whether it is finite, and its size as a scale
+    if not math.isfinite(length):
         return 1
     offsets: list[float] = []
     for node in nodes[:_MAX_NODES]:
         nu = form.variable(node) - base
-        if not math.isfinite(nu) or any(abs(nu - other) < 1e-6 * abs(h) for other in offsets):
+        if not math.isfinite(nu) or any(abs(nu - other) < 1e-6 * abs(length) for other in offsets):
             break
         offsets.append(nu)
     return max(len(offsets), 1)

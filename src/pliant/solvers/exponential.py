@@ -123,8 +123,9 @@ class Multistep(Solver):
         return self.tau > 0.0
 
     def emit(self, builder: ProgramBuilder, i: int) -> None:
-        # Only the forms in log-SNR end with a first-order step that lower orders could lead up to.
-        few = 10 if self.form in ("sample", "epsilon") else 0
-        order = tapered(self.order, builder, i, self.lower_order_final, few)
+        rule = self.lower_order_final
+        if rule == "auto" and self.form not in ("sample", "epsilon"):
+            rule = False  # only forms in log-SNR end with a first-order step that lower orders could lead up to
+        order = tapered(self.order, builder, i, rule, few=10)
         depth = depth_of_tau(self.tau, builder.nodes[i], builder.nodes[i + 1])
         emit_multistep(builder, i, order, self.form, self.fit, depth)
