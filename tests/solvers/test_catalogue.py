@@ -143,6 +143,19 @@ def test_singlestep_weights_by_hand(form):
     assert dict(second.m) == pytest.approx({0: inner * (n1[0] - v1), 1: inner * v1}, rel=1e-9)
 
 
+def test_blocks_shrink_to_what_is_remembered():
+    """A grid singlestep block whose history was forgotten half-way falls back to lower orders."""
+    times = times_between(VP, 7, -3.0, 3.0)
+    solver = {"name": "dpmpp-3s-grid", "fit": "lagrange"}
+    for forgotten, expected in (
+        ([], [1, 2, 3, 1, 2, 3, 1]),
+        ([2], [1, 2, 1, 1, 2, 3, 1]),
+        ([4], [1, 2, 3, 1, 1, 2, 1]),
+    ):
+        program = compile_program(VP, times, solver, "sample", reset_history=forgotten)
+        assert [len(step[-1].m) for step in program.steps] == expected
+
+
 def variance_of(program, std):
     """Exact variance of the sample for data N(0, std^2) and a start with the path's own variance."""
     noise = {slot: k for k, slot in enumerate(program.noise_slots)}
