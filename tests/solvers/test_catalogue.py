@@ -154,6 +154,9 @@ def test_blocks_shrink_to_what_is_remembered():
     ):
         program = compile_program(VP, times, solver, "sample", reset_history=forgotten)
         assert [len(step[-1].m) for step in program.steps] == expected
+        starts = [0, *(step[-1].out for step in program.steps)]
+        for i, (step, order) in enumerate(zip(program.steps, expected, strict=True)):
+            assert step[-1].x[0][0] == starts[i + 1 - order]
 
 
 def variance_of(program, std):
@@ -637,6 +640,13 @@ def test_churn_by_hand():
     assert len(program.steps[1]) == 4 and program.noise_slots == (0,)  # 1.2 lies below `low`
     many = compile_program(path, times, solver | {"churn": 40.0}, "epsilon")
     assert many.steps[0][1].node.sigma == pytest.approx(2.0 * math.sqrt(2.0))  # at most sqrt(2)
+
+
+def test_churn_defaults_are_edm_s_for_imagenet_64():
+    solver = get_solver("edm-churn")
+    assert solver.to_config() == {
+        "name": "edm-churn", "churn": 40.0, "low": 0.05, "high": 50.0, "noise": 1.003, "method": "heun"
+    }  # fmt: skip
 
 
 def test_churn_of_nothing_is_heun():
