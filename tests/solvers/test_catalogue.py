@@ -570,8 +570,15 @@ def restored(program, mixture, mu, x, noise=None):
     return last.x
 
 
+# Every solver that does not need a velocity, which is ambiguous on a path with an offset.
+CENTRED = [
+    name for name, entry in SOLVERS.items()
+    if not entry.alias and entry().form in ("sample", "epsilon", "epsilon-rho") and name != "ddpm"
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("stored", ["sample", "epsilon"])
-@pytest.mark.parametrize("name", MRS)
+@pytest.mark.parametrize("name", CENTRED)
 def test_mean_reversion_is_equivariant(name, stored):
     """Moving data and mu by one vector moves the sample by it."""
     program = compile_program(MRS_PATH, mrs_times(8), name, stored)
