@@ -440,6 +440,8 @@ def test_usf_decisions_that_are_named_solvers(form):
     differ(rows(usf | {"order": 2, "scale": "linear", "kappa": 0.1}), lagrange_two)
     unipc = {"name": f"unipc-{eps}3", "B": "exact", "lower_order_final": False}
     equal(rows(usf | {"order": 3, "corrector": "pseudo"}), rows(unipc))
+    first = unipc | {"name": "unipc", "order": 1, "form": form}
+    equal(rows(usf | {"order": 1, "corrector": "pseudo"}), rows(first))
     bh1 = {"name": f"unipc-{eps}2", "B": "bh1", "lower_order_final": False, "disable_corrector": list(range(8))}
     equal(rows(usf | {"order": 2, "scale": "bh1"}), rows(bh1))
     # 3S ("taylor") in diffusers' layout: blocks that start from an older state.
