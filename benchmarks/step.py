@@ -95,10 +95,11 @@ def main() -> None:
     parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4, help="steps of one timed run of Pliant")
     parser.add_argument("--json")
     args = parser.parse_args()
     theirs, ours = diffusers_twin(args.model)
-    tokens, width, steps = ours.shape().tokens, ours.config.width, 10
+    tokens, width, steps = ours.shape().tokens, ours.config.width, args.steps
     results = []
     print(f"{args.model}, guided step, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for batch in args.batch:
