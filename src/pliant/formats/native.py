@@ -67,6 +67,13 @@ def read_tensors(file: FilePath) -> dict[str, Tensor]:
         raise FormatError(f"{file} is damaged or not a safetensors file ({error}); copy or download it again") from None
 
 
+def read_tensor(file: FilePath, name: str) -> Tensor:
+    """One tensor of a safetensors file that `read_tensors` could open."""
+    with safe_open(file, framework="pt") as handle:
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor
+
+
 def read_config(folder: FilePath) -> dict[str, Any]:
     """config.json of any folder. Raises FormatError if it is missing or not JSON."""
     file = folder / CONFIG_FILE
@@ -165,7 +172,10 @@ def load(folder: str | FilePath) -> Denoiser:
     tensors = read_tensors(file)
     if meaning.flex is None:
         _check_fit(meta_dit(meaning.dit).state_dict(), tensors, file)
-        network: Network = dit_of(meaning.dit, {name: owned(tensor) for name, tensor in tensors.items()})
+        names = list(tensors)
+        del tensors
+        # One mapping per tensor: a single one would keep every page it read, a second copy of the model in memory.
+        network: Network = dit_of(meaning.dit, {name: owned(read_tensor(file, name)) for name in names})
         return meaning.denoiser(network)
     denoiser = build(config, folder / CONFIG_FILE)
     assign(denoiser.network, tensors, file)
