@@ -591,6 +591,17 @@ def test_mean_reversion_is_equivariant(name, stored):
     torch.testing.assert_close(two, one + move, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_ddpm_on_the_mean_reverting_path_is_equivariant(variance):
+    solver = get_solver({"name": "ddpm", "variance": variance})
+    program = compile_program(MRS_PATH, mrs_times(8), solver, "epsilon")
+    mu, move = torch.tensor([0.4, -0.3], dtype=torch.float64), torch.tensor([1.5, 2.0], dtype=torch.float64)
+    x, noise = mu + 0.2 * START, noise_of(START.shape)
+    one = restored(program, GMM2D, mu, x, noise)
+    two = restored(program, shifted(GMM2D, move), mu + move, x + move, noise)
+    torch.testing.assert_close(two, one + move, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", [n for n in MRS if "sde" not in n])
 def test_mean_reverting_orders(name):
     mu, found = torch.tensor([0.4, -0.3], dtype=torch.float64), []
