@@ -841,3 +841,8 @@ def test_entry_options_are_real():
     assert set(TABLEAUS) <= {*SOLVERS, "dormand-prince-5"}
     assert isinstance(get_solver("dpmpp-2s"), Singlestep)
     assert GAUSS1D.means.item() == 0.3 and gaussian_flow is not None
+
+
+def test_dc_solver_defaults_are_the_published_ones():
+    solver = get_solver("dc-solver")  # arXiv 2409.03755; nothing changes until ratios are given
+    assert (solver.order, solver.degree, solver.ratios) == (3, 2, ())
