@@ -8,7 +8,6 @@ import typer
 
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json, table
-from pliant.errors import PliantError
 
 EXAMPLES = """\b
 Examples:
@@ -41,25 +40,23 @@ def solvers(
 
 
 def _facts() -> list[dict[str, Any]]:
-    """One row per name that needs no further options."""
-    from pliant.solvers import SOLVERS
+    """One row per registered name, at its default options."""
+    from pliant.solvers import SOLVERS, solver_infos
 
-    rows = []
-    for name, entry in SOLVERS.items():
-        row: dict[str, Any] = {"name": name, "source": entry.source, "alias": entry.alias, "compat": entry.compat}
-        try:
-            solver = entry()
-        except (TypeError, PliantError):  # e.g. "rows": its coefficients must be given
-            row |= {"form": None, "order": None, "evaluations_per_step": None, "stochastic": None}
-        else:
-            row |= {
-                "form": solver.form,
-                "order": solver.convergence,
-                "evaluations_per_step": solver.evaluations_per_step,
-                "stochastic": solver.stochastic,
-            }
-        rows.append({**row, "options": list(entry.takes)})
-    return rows
+    return [
+        {
+            "name": info.name,
+            "source": info.source,
+            "alias": SOLVERS[info.name].alias,
+            "compat": info.compat,
+            "form": info.form,
+            "order": info.order,
+            "evaluations_per_step": info.evaluations,
+            "stochastic": info.stochastic,
+            "options": list(SOLVERS[info.name].takes),
+        }
+        for info in solver_infos()
+    ]
 
 
 def _list(json: bool) -> None:
@@ -69,18 +66,15 @@ def _list(json: bool) -> None:
         return
     columns = ("solver", "form", "order", "calls/step", "noise", "options", "source")
 
-    def text(value: Any) -> str:
-        return "-" if value is None else ("yes" if value is True else "" if value is False else str(value))
-
     table(
         columns,
         [
             (
                 row["name"],
-                text(row["form"]),
-                text(row["order"]),
-                text(row["evaluations_per_step"]),
-                text(row["stochastic"]),
+                row["form"],
+                str(row["order"]),
+                str(row["evaluations_per_step"]),
+                "yes" if row["stochastic"] else "",
                 ", ".join(row["options"]),
                 row["source"] + (" (compatibility)" if row["compat"] else ""),
             )
