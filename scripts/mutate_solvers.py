@@ -45,6 +45,7 @@ NOT_COEFFICIENTS = {
     r"_MAX_NODES|MAX_ORDER|_HISTORY|del self\.history|check_order\(": "limits",
     r"1e-6 \* abs|length = |1e-9|1e-12|10\*\*9|max_steps|1e-3": "tolerances",
     r"convergence|evaluations_per_step|return \d$|min\(self\.order, 2\)": "what a solver says of itself",
+    r"self\._states = 1": "the first free register: any number would do",
     r"next\(\(w for w in u": "a stand-in for steps without an inner node, never used",
 }
 

@@ -31,8 +31,8 @@ class Transfer:
     """A step of one form before weights: `x_t = a*x_s + b*sum(w*P) + noise*z`.
 
     h: step in the form's variable (infinite when an end has sigma = 0 or alpha = 0). decay: exponent of the
-    weight function. total: `b*M_0` in closed form, finite even when h is not: what a first-order step
-    multiplies its output with.
+    weight function, read only where h is finite. total: `b*M_0` in closed form, finite even when h is not:
+    what a first-order step multiplies its output with.
     """
 
     a: float
@@ -74,7 +74,7 @@ def _noise_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     if not math.isfinite(h):
         if depth != 0.0:
             raise PlanError(f"a stochastic step in epsilon form cannot reach t={t.t:g}; use the sample form")
-        return Transfer(a, 1.0, 0.0, h, -1.0, t.sigma - s.sigma * a)
+        return Transfer(a, 1.0, 0.0, h, math.nan, t.sigma - s.sigma * a)
     scale = 1.0 + depth / h
     noise = t.sigma * math.sqrt(depth / h * math.expm1(2.0 * h)) if depth != 0.0 else 0.0
     return Transfer(a, -scale * t.sigma, noise, h, -1.0, -scale * t.sigma * math.expm1(h))
