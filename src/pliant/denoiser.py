@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.adapters.alignment import Alignment, alignment, coarse, preconditioned, seen_from
+from pliant.adapters.exit_dit import ExitDiT
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, macs
 from pliant.errors import ConfigError, ShapeError
@@ -33,7 +34,7 @@ from pliant.paths import (
     prediction_type,
 )
 
-Network: TypeAlias = DiT | FlexiDiT
+Network: TypeAlias = DiT | FlexiDiT | ExitDiT
 
 
 @dataclass
@@ -100,21 +101,42 @@ class Denoiser:
         """Predict at states x (B, C, H, W), house time t (number or (B,)), labels cond (B,) int64.
 
         Differentiable; runs the weights as they are stored. `compute.merged` and `compute.precision` are matters of
-        execution that the sampling engine realises, not of meaning. Raises ConfigError for a patch size the network
-        does not have.
+        execution that the sampling engine realises, not of meaning. Raises ConfigError for a patch size or an exit
+        that the network does not have.
         """
         compute = compute or Compute()
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         a = self.align(compute, time)
         if a is None:
-            value, variance = self.split(self.run(x, self.encode(time), cond, compute))
+            raw = self.run(x, self.encode(time), cond, compute)
         else:
             raw = self.run(like(a.input_scale, x) * x, self.encode(a.time), cond, compute)
-            out, variance = self.split(raw)
-            value = like(a.on_state, x) * x + like(a.on_output, x) * out
+        return self._read(raw, x, time, compute, a)
+
+    def _read(self, raw: Tensor, x: Tensor, time: Tensor, compute: Compute, a: Alignment | None) -> Prediction:
+        """The network's raw output for states x as a prediction."""
+        value, variance = self.split(raw)
+        if a is not None:
+            value = like(a.on_state, x) * x + like(a.on_output, x) * value
             if (ratio := self.coarse_ratio(compute)) != (1, 1):
                 value = value + like(a.on_coarse, x) * coarse(x, ratio)
         return Prediction(value, self.prediction, x, time, self.path, variance)
+
+    def exit_predictions(self, x: Tensor, t: float | Tensor, cond: Tensor) -> tuple[Prediction, dict[int, Prediction]]:
+        """The full prediction and every exit's by depth, from one pass; only exits are differentiated.
+
+        Arguments as a call's. Raises ConfigError for a network without exits.
+        """
+        network, compute = self.network, Compute()
+        if not isinstance(network, ExitDiT):
+            raise ConfigError("this model has no exits; pliant.attach_exits adds them")
+        time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
+        a = self.align(compute, time)
+        steps = self.encode(time if a is None else a.time).to(torch.float32).expand(x.shape[0])
+        full, exits = network.forward_all(x if a is None else like(a.input_scale, x) * x, steps, cond)
+        return self._read(full, x, time, compute, a), {
+            depth: self._read(raw, x, time, compute, a) for depth, raw in exits.items()
+        }
 
     def run(self, x: Tensor, network_time: Tensor, cond: Tensor, compute: Compute) -> Tensor:
         """The bare network: (B, C, H, W) and *network* time (scalar or (B,)) -> (B, out_channels, H, W)."""
@@ -122,8 +144,11 @@ class Denoiser:
             raise ShapeError(f"{x.shape[0]} states need as many labels, got {tuple(cond.shape)}")
         steps = network_time.to(torch.float32).expand(x.shape[0])
         call = self.forward or self.network
-        if isinstance(self.network, FlexiDiT):
-            out: Tensor = call(x, steps, cond, compute.patch)
+        leave = self.exit_of(compute)
+        if leave is not None:
+            out: Tensor = call(x, steps, cond, compute.patch, leave)
+        elif isinstance(self.core, FlexiDiT):
+            out = call(x, steps, cond, compute.patch)
         else:
             if compute.patch not in (None, self.config.patch_size):
                 raise ConfigError(
@@ -208,9 +233,37 @@ class Denoiser:
         return list(names) if names else [str(i) for i in range(self.num_classes)]
 
     @property
+    def core(self) -> DiT | FlexiDiT:
+        """The network without its exits."""
+        return self.network.base if isinstance(self.network, ExitDiT) else self.network
+
+    @property
+    def exit_depths(self) -> tuple[int, ...]:
+        """Blocks before each exit, ascending; empty for a network without exits."""
+        return self.network.exit_depths if isinstance(self.network, ExitDiT) else ()
+
+    def exit_of(self, compute: Compute) -> int | None:
+        """The exit a compute leaves through, None for full depth. Raises ConfigError if it cannot run here."""
+        depth: int | None = getattr(compute, "exit", None)
+        if depth is None:
+            return None
+        if not isinstance(self.network, ExitDiT):
+            raise ConfigError(f"this model has no exit after {depth} blocks; pliant.attach_exits adds exits")
+        self.network.exit(depth)
+        self.network.check_patch(compute.patch)
+        return depth
+
+    def network_for(self, compute: Compute) -> DiT | FlexiDiT:
+        """What a compute runs: the network without exits, or a plain one of exit + 1 blocks (see `exit_network`)."""
+        depth = self.exit_of(compute)
+        if depth is None or not isinstance(self.network, ExitDiT):
+            return self.core
+        return self.network.exit_network(depth)
+
+    @property
     def patch_sizes(self) -> tuple[tuple[int, int], ...]:
         """All patch sizes, the powerful (original) one first."""
-        return self.network.patch_sizes if isinstance(self.network, FlexiDiT) else (self.config.patch_size,)
+        return self.core.patch_sizes if isinstance(self.core, FlexiDiT) else (self.config.patch_size,)
 
     def patch_of(self, compute: Compute) -> tuple[int, int]:
         """The patch size a compute means for this network. Raises ConfigError if the network does not have it."""
@@ -246,10 +299,11 @@ class Denoiser:
         """The same on the network's own path, for the kind it was trained to predict."""
         path, kind = self.native.path, self.native.prediction
         pixels = 1
-        if isinstance(self.network, FlexiDiT) and compute.patch is not None:
-            pixels = self.network.aligned_pixels(self.patch_of(compute))
-        if pixels != 1 and isinstance(self.network, FlexiDiT):
-            return alignment(path, kind, t, pixels, self.network.spec.missing_power, self.preconditioning)
+        core = self.core
+        if isinstance(core, FlexiDiT) and compute.patch is not None:
+            pixels = core.aligned_pixels(self.patch_of(compute))
+        if pixels != 1 and isinstance(core, FlexiDiT):
+            return alignment(path, kind, t, pixels, core.spec.missing_power, self.preconditioning)
         return None if self.preconditioning is None else preconditioned(path, self.preconditioning, t)
 
     def coarse_ratio(self, compute: Compute) -> tuple[int, int]:
@@ -261,13 +315,13 @@ class Denoiser:
 
     def shape(self, compute: Compute | None = None) -> TransformerShape:
         """The call's shape for the cost model."""
-        compute, config = compute or Compute(), self.config
-        patch = self.patch_of(compute)
+        compute, config, core = compute or Compute(), self.config, self.core
+        patch, leave = self.patch_of(compute), self.exit_of(compute)
         grid = config.grid(patch)
-        flexible = isinstance(self.network, FlexiDiT) and self.network.spec.recipe == "lora"
+        flexible = isinstance(core, FlexiDiT) and core.spec.recipe == "lora"
         extra = patch != config.patch_size and flexible and not compute.merged
         return TransformerShape(
-            depth=config.depth,
+            depth=config.depth if leave is None else leave + 1,
             width=config.width,
             heads=config.heads,
             in_channels=config.in_channels,
@@ -275,8 +329,10 @@ class Denoiser:
             patch=patch,
             tokens=grid[0] * grid[1],
             mlp_ratio=config.mlp_ratio,
-            lora_rank=self.network.spec.rank if extra and isinstance(self.network, FlexiDiT) else 0,
+            lora_rank=core.spec.rank if extra and isinstance(core, FlexiDiT) else 0,
             classes=config.label_rows,
+            block_heads=config.block_heads,
+            block_hidden=config.block_hidden,
         )
 
     def flops(self, compute: Compute | None = None, convention: Convention = MATMUL) -> int:
@@ -304,8 +360,10 @@ class Denoiser:
     def identity(self) -> dict[str, Any]:
         """What a plan needs to know to recognise this model: architecture and conventions, not weights."""
         network: dict[str, Any] = {"dit": self.config.to_dict()}
-        if isinstance(self.network, FlexiDiT):
-            network["flex"] = self.network.spec.to_dict()
+        if isinstance(self.core, FlexiDiT):
+            network["flex"] = self.core.spec.to_dict()
+        if isinstance(self.network, ExitDiT):
+            network["exits"] = self.network.spec.to_dict()
         identity = {
             "network": network,
             "path": self.path.to_config(),
@@ -319,10 +377,12 @@ class Denoiser:
         return identity
 
     def fingerprint(self) -> str:
-        """12 hex digits that recognise the model a plan was made for: `identity()` without its added patch sizes.
+        """12 hex digits that recognise the model a plan was made for: `identity()` without what was added to it.
 
-        Fine-tuned and flexified relatives share it; whether they have the patch sizes a plan asks for is checked there.
+        Fine-tuned, flexified and exit-bearing relatives share it; whether they have the patch sizes and exits a plan
+        asks for is checked there.
         """
         identity = self.identity()
-        identity["network"].pop("flex", None)
+        for added in ("flex", "exits"):
+            identity["network"].pop(added, None)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -108,11 +108,11 @@ class PatchMode(nn.Module):
             self.shift_out = nn.Parameter(torch.zeros(config.width))
         self.loras = nn.ModuleList()
         if lora:
-            shapes = {name: getattr(base.blocks[0], name) for name in LORA_LAYERS}
-            for _ in range(config.depth):
+            for block in base.blocks:
+                layers = {name: getattr(block, name) for name in LORA_LAYERS}
                 deltas = {
                     name: LowRank(layer.in_features, layer.out_features, spec.rank, spec.alpha or float(spec.rank))
-                    for name, layer in shapes.items()
+                    for name, layer in layers.items()
                 }
                 self.loras.append(nn.ModuleDict(deltas))
 

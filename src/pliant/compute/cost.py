@@ -50,6 +50,10 @@ class TransformerShape:
     """Input features of the time embedder's MLP."""
     classes: int = 0
     """Rows of the label table, null class included. Costs no arithmetic, only weights."""
+    block_heads: tuple[int, ...] | None = None
+    """Heads that each block has left, where some are cut away; None: all of them."""
+    block_hidden: tuple[int, ...] | None = None
+    """Hidden features that each block's MLP has left; None: int(m*D) everywhere."""
 
     def __post_init__(self) -> None:
         positive = ("depth", "width", "heads", "in_channels", "out_channels", "tokens", "frequency_dim")
@@ -69,6 +73,13 @@ class TransformerShape:
             raise ConfigError(
                 f"width {self.width} is not divisible by {self.heads} heads; change one of them."
             )
+        for name, full in (("block_heads", self.heads), ("block_hidden", self.mlp_hidden)):
+            cut = getattr(self, name)
+            if cut is not None and (len(cut) != self.depth or not all(1 <= kept <= full for kept in cut)):
+                raise ConfigError(
+                    f"transformer shape has {name}={cut!r}; expected a number of 1 to {full} for each of "
+                    f"{self.depth} blocks."
+                )
 
     @property
     def patch_volume(self) -> int:
@@ -79,6 +90,16 @@ class TransformerShape:
     def mlp_hidden(self) -> int:
         """Hidden features of the MLP."""
         return int(self.width * self.mlp_ratio)
+
+    @property
+    def total_inner(self) -> int:
+        """Features of all blocks' attention heads together; L*D where nothing is cut away."""
+        return self.width // self.heads * sum(self.block_heads or (self.heads,) * self.depth)
+
+    @property
+    def total_hidden(self) -> int:
+        """Hidden features of all blocks' MLPs together; L*int(m*D) where nothing is cut away."""
+        return sum(self.block_hidden or (self.mlp_hidden,) * self.depth)
 
 
 @dataclass(frozen=True)
@@ -128,18 +149,18 @@ BLOCKS: Convention = WITHOUT_CONDITIONING - {"patch_embed", "final"}
 def cost_parts(shape: TransformerShape) -> CostParts:
     """MACs of one image's forward pass through a DiT of this shape, part by part."""
     L, D, N, M = shape.depth, shape.width, shape.tokens, shape.cross_tokens
-    hidden, rank = shape.mlp_hidden, shape.lora_rank
+    inner, hidden, rank = shape.total_inner, shape.total_hidden, shape.lora_rank
     cross = int(M > 0)
     return CostParts(
         patch_embed=N * shape.patch_volume * shape.in_channels * D,
-        self_projections=L * N * 4 * D * D,
-        self_attention=L * 2 * N * N * D,
-        mlp=L * N * 2 * D * hidden,
+        self_projections=N * 4 * D * inner,
+        self_attention=2 * N * N * inner,
+        mlp=N * 2 * D * hidden,
         cross_projections=cross * L * N * 2 * D * D,
         cross_context=L * M * 2 * D * D,
         cross_attention=L * 2 * N * M * D,
         # Down and up factors of qkv (D -> r -> 3D), the output (D -> r -> D) and the two MLP linears.
-        lora=L * N * rank * ((D + 3 * D) + 2 * D + 2 * (D + hidden)),
+        lora=N * rank * ((L * D + 3 * inner) + (inner + L * D) + 2 * (L * D + hidden)),
         final=N * D * shape.patch_volume * shape.out_channels,
         # Six vectors per block and two for the head, from one conditioning vector per image.
         modulation=L * 6 * D * D + 2 * D * D,
@@ -160,17 +181,17 @@ def flops(shape: TransformerShape, convention: Convention = MATMUL) -> int:
 
 def parameter_count(shape: TransformerShape) -> int:
     """Trainable parameters, position table (a constant) excluded, low-rank factors included."""
-    D, hidden = shape.width, shape.mlp_hidden
-    attention = 4 * D * D + 4 * D
-    block = attention + (2 * D * hidden + hidden + D) + (6 * D * D + 6 * D)
+    L, D, inner, hidden = shape.depth, shape.width, shape.total_inner, shape.total_hidden
+    attention = 4 * D * inner + 3 * inner + L * D
+    blocks = attention + (2 * D * hidden + hidden + L * D) + L * (6 * D * D + 6 * D)
     if shape.cross_tokens:
-        block += attention
-    block += shape.lora_rank * ((D + 3 * D) + 2 * D + 2 * (D + hidden))
+        blocks += L * (4 * D * D + 4 * D)
+    blocks += shape.lora_rank * ((L * D + 3 * inner) + (inner + L * D) + 2 * (L * D + hidden))
     patch_embed = shape.patch_volume * shape.in_channels * D + D
     head_outputs = shape.patch_volume * shape.out_channels
     final = D * head_outputs + head_outputs + 2 * D * D + 2 * D
     embedders = shape.frequency_dim * D + D + D * D + D + shape.classes * D
-    return patch_embed + shape.depth * block + final + embedders
+    return patch_embed + blocks + final + embedders
 
 
 def weight_bytes(shape: TransformerShape, bytes_per_value: int = 4) -> int:

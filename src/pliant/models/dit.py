@@ -48,6 +48,10 @@ class DiTConfig:
     """Of the timestep sinusoid: 128 official, 127 diffusers."""
     norm2_eps: float = 1e-6
     """Of each block's second LayerNorm: 1e-6 official, 1e-5 diffusers."""
+    block_heads: tuple[int, ...] | None = None
+    """Heads of every block of a network with heads cut away (each still width / heads wide); None: all of them."""
+    block_hidden: tuple[int, ...] | None = None
+    """Hidden features of every block's MLP where some are cut away; None: int(width * mlp_ratio) everywhere."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_size", patch_pair(self.input_size))
@@ -57,6 +61,20 @@ class DiTConfig:
         if min(self.depth, self.in_channels, self.num_classes) < 1:
             raise ConfigError("depth, in_channels and num_classes must be at least 1")
         self.grid()
+        for name, full in (("block_heads", self.heads), ("block_hidden", int(self.width * self.mlp_ratio))):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            object.__setattr__(self, name, tuple(given))
+            if len(given) != self.depth or not all(isinstance(k, int) and 1 <= k <= full for k in given):
+                raise ConfigError(f"{name} needs a number of 1 to {full} for each of {self.depth} blocks, got {given}")
+
+    @property
+    def block_widths(self) -> tuple[tuple[int, int], ...]:
+        """(heads, hidden features of the MLP) of every block."""
+        heads = self.block_heads or (self.heads,) * self.depth
+        hidden = self.block_hidden or (int(self.width * self.mlp_ratio),) * self.depth
+        return tuple(zip(heads, hidden, strict=True))
 
     @property
     def out_channels(self) -> int:
@@ -88,7 +106,8 @@ class DiTConfig:
         return DiTConfig(**{"patch_size": (int(ph), int(pw or ph)), **SIZES[size], **options})
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        # Uncut networks do not mention cuts, so that identities made before there were any stay the same.
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> DiTConfig:
@@ -138,7 +157,10 @@ class DiT(nn.Module):
         table = table if table.is_meta else table.normal_()
         self.label_embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(
-            [Block(config.width, config.heads, config.mlp_ratio, config.norm2_eps) for _ in range(config.depth)]
+            [
+                Block(config.width, config.heads, config.mlp_ratio, config.norm2_eps, heads, hidden)
+                for heads, hidden in config.block_widths
+            ]
         )
         # Rows: 6 per block (shift, scale, gate of attention, then of the MLP), then shift and scale of the head.
         self.modulation = nn.Linear(config.width, (6 * config.depth + 2) * config.width)
@@ -171,7 +193,7 @@ class DiT(nn.Module):
         """(B,) network times and (B,) labels -> (B, 6*depth + 2, D), every scale already increased by 1."""
         c = self.time_embed(t) + self.label_embed(y)
         rows: Tensor = self.modulation(F.silu(c)).view(len(y), -1, self.config.width)
-        return rows + _scale_rows(self.config.depth, rows)
+        return rows + scale_rows(self.config.depth, rows)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.forward_modulated(x, self.modulations(t, y))
@@ -198,7 +220,7 @@ class DiT(nn.Module):
         return replace(self.config, patch_size=patch)
 
 
-def _scale_rows(depth: int, like: Tensor) -> Tensor:
+def scale_rows(depth: int, like: Tensor) -> Tensor:
     """(6*depth + 2, 1) with 1 at rows that hold scales, else 0."""
     mask = like.new_zeros(6 * depth + 2, 1)
     mask[1 : 6 * depth : 6] = 1

@@ -100,13 +100,24 @@ class Block(nn.Module):
     at once instead of once per block per step.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, norm2_eps: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        norm2_eps: float,
+        kept_heads: int | None = None,
+        hidden: int | None = None,
+    ) -> None:
+        """`kept_heads` of the `heads` and `hidden` features of the MLP, where some are cut away; None: all."""
         super().__init__()
-        hidden = int(width * mlp_ratio)
+        hidden = int(width * mlp_ratio) if hidden is None else hidden
+        inner = width if kept_heads is None else width // heads * kept_heads
+        heads = heads if kept_heads is None else kept_heads
         self.heads = heads
         self.norm2_eps = norm2_eps
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * inner)
+        self.proj = nn.Linear(inner, width)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
@@ -127,7 +138,7 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor, get, mask: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         """Multi-head self-attention of (B, N, D), fused qkv, no masking unless a mask is given."""
-        b, n, d = x.shape
-        q, k, v = linear(x, self.qkv, get("qkv")).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        b, n, _ = x.shape
+        q, k, v = linear(x, self.qkv, get("qkv")).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return linear(out.transpose(1, 2).reshape(b, n, d), self.proj, get("proj"))
+        return linear(out.transpose(1, 2).reshape(b, n, -1), self.proj, get("proj"))
