@@ -16,6 +16,7 @@ _PUBLIC = {
     "Guidance": "pliant.guidance",
     "Plan": "pliant.plans",
     "PliantError": "pliant.errors",
+    "attach_exits": "pliant.adapters.exits",
     "flexify": "pliant.adapters.flexify",
     "get_path": "pliant.paths",
     "get_solver": "pliant.solvers",
@@ -30,6 +31,7 @@ _PUBLIC = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
+    from pliant.adapters.exits import attach_exits as attach_exits
     from pliant.adapters.flexify import flexify as flexify
     from pliant.compute import Compute as Compute
     from pliant.denoiser import Denoiser as Denoiser

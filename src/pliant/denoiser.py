@@ -317,11 +317,13 @@ class Denoiser:
         """The call's shape for the cost model."""
         compute, config, core = compute or Compute(), self.config, self.core
         patch, leave = self.patch_of(compute), self.exit_of(compute)
+        if leave is not None and isinstance(self.network, ExitDiT):
+            config = self.network.exit_config(leave)
         grid = config.grid(patch)
         flexible = isinstance(core, FlexiDiT) and core.spec.recipe == "lora"
         extra = patch != config.patch_size and flexible and not compute.merged
         return TransformerShape(
-            depth=config.depth if leave is None else leave + 1,
+            depth=config.depth,
             width=config.width,
             heads=config.heads,
             in_channels=config.in_channels,

@@ -1,6 +1,7 @@
-"""Turn one network into a flexible one."""
+"""Turn one network into a flexible one: more patch sizes, early exits."""
 
+from pliant.adapters.exit_dit import ExitDiT, ExitSpec
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.adapters.spec import FlexSpec
 
-__all__ = ["FlexSpec", "FlexiDiT"]
+__all__ = ["ExitDiT", "ExitSpec", "FlexSpec", "FlexiDiT"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pliant.adapters import FlexiDiT, FlexSpec
+from pliant.adapters import ExitDiT, FlexiDiT, FlexSpec
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
 from pliant.models.patches import patch_pair
@@ -24,6 +24,8 @@ def flexify(
     "lora" results at the original patch size stay bit-identical, before and after training. Raises ShapeError for a
     size that does not divide the input, ConfigError for other impossible requests.
     """
+    if isinstance(denoiser.network, ExitDiT):
+        raise ConfigError("flexify comes before exits: flexify the model without them, then attach_exits")
     if isinstance(denoiser.network, FlexiDiT):
         raise ConfigError("this model is flexible already; flexify its original, naming all patch sizes at once")
     try:
