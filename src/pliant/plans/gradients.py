@@ -13,9 +13,9 @@ from pliant.compute import Compute
 from pliant.denoiser import Denoiser, Prediction
 from pliant.errors import PlanError, suggest
 from pliant.guidance import guide
-from pliant.plans.noise import batch_noise, check_seeds
+from pliant.plans.noise import batch_noise, check_seeds, start_state
 from pliant.plans.plan import Plan
-from pliant.plans.sampling import check_labels
+from pliant.plans.sampling import check_labels, check_offset
 from pliant.solvers import Eval, Evaluate, Output
 from pliant.solvers.adjoint import differentiable_run
 
@@ -46,11 +46,12 @@ def sample_with_gradients(
     seeds: Sequence[int] | None = None,
     x: Tensor | None = None,
     wrt: Sequence[str] = ("x",),
+    mu: Tensor | None = None,
 ) -> Gradients:
     """Sample, and differentiate `loss(sample) -> scalar`: the exact discrete adjoint, with the memory of one call.
 
     wrt: any of "x" (the start state), "cond" (the label embedding that the network adds to its time embedding, one per
-    sample) and "parameters" (those of the network that require grad). cond, seeds, x: as in `sample`. Costs about
+    sample) and "parameters" (those of the network that require grad). cond, seeds, x, mu: as in `sample`. Costs about
     three times the forward FLOPs of the plan: one more forward pass and one backward pass per call.
     """
     for name in wrt:
@@ -59,12 +60,14 @@ def sample_with_gradients(
     labels = check_labels(cond, model)
     if x is None:
         seeds = check_seeds(list(range(len(labels))) if seeds is None else seeds, len(labels))
-        x = start_state(model, plan, seeds)
+        program = plan.program(model)
+        offset = check_offset(program, mu, (len(labels), *model.sample_shape), model.device)
+        x = start_state(program.start, seeds, model.sample_shape, model.device, model.path, offset)
     start = x.detach().clone().requires_grad_("x" in wrt)
     embedding = label_embedding(model, labels).detach().requires_grad_() if "cond" in wrt else None
     named = [(n, p) for n, p in model.network.named_parameters() if p.requires_grad] if "parameters" in wrt else []
     out = differentiable_sample(
-        model, plan, labels, start, seeds, embedding, [p for _, p in named], partial="parameters" not in wrt
+        model, plan, labels, start, seeds, embedding, [p for _, p in named], partial="parameters" not in wrt, mu=mu
     )
     value = loss(out)
     if value.numel() != 1:
@@ -86,28 +89,25 @@ def differentiable_sample(
     embedding: Tensor | None = None,
     inputs: Sequence[Tensor] = (),
     partial: bool = False,
+    mu: Tensor | None = None,
 ) -> Tensor:
     """The sample (B, C, H, W) as a function of x, `embedding` and `inputs` that autograd can differentiate.
 
     embedding: (B, D) label embeddings in place of the table's, for conditional calls. inputs: the weights that should
     get gradients; a weight that requires grad and is not listed raises PlanError unless `partial`. seeds: of the noise
-    of stochastic solvers.
+    of stochastic solvers. mu: as in `sample`; it may require grad.
     """
     plan.check(model)
     labels = check_labels(cond, model)
+    program = plan.program(model)
+    mu = check_offset(program, mu, (len(labels), *model.sample_shape), model.device)
     noise = None
     if seeds is not None:
         drawn = check_seeds(seeds, len(labels))
         noise = lambda slot: batch_noise(drawn, slot, model.sample_shape, model.device)  # noqa: E731
     listed = [*([] if embedding is None else [embedding]), *inputs]
     evaluate = _evaluator(model, plan, labels, embedding)
-    return differentiable_run(plan.program(model), x, evaluate, listed, noise, partial=partial)
-
-
-def start_state(model: Denoiser, plan: Plan, seeds: Sequence[int]) -> Tensor:
-    """The start state `sample` uses for these seeds, (B, C, H, W)."""
-    start = plan.program(model).start
-    return batch_noise(seeds, -1, model.sample_shape, model.device) * (start.alpha**2 + start.sigma**2) ** 0.5
+    return differentiable_run(program, x, evaluate, listed, noise, mu, partial=partial)
 
 
 def _label_table(model: Denoiser) -> nn.Embedding:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pliant.errors import PlanError
 from pliant.paths import Path
+from pliant.solvers import Node
 
 
 def seeded_noise(seed: int, slot: int, shape: Sequence[int], path: Path | None = None) -> Tensor:
@@ -32,6 +33,20 @@ def batch_noise(
 ) -> Tensor:
     """(B, *shape): one independent draw per seed."""
     return torch.stack([seeded_noise(s, slot, shape, path) for s in seeds]).to(device)
+
+
+def start_state(
+    start: Node, seeds: Sequence[int], shape: Sequence[int], device: torch.device, path: Path, mu: Tensor | None = None
+) -> Tensor:
+    """(B, *shape): seeded states at the node `start`. mu: (B, *shape), what a path with an offset drifts to.
+
+    For data of unit variance the spread is the path's own: 1 on variance-preserving paths. With an offset, data is
+    taken to be mu, the best guess of it (as IR-SDE starts, arXiv 2301.11699).
+    """
+    noise = batch_noise(seeds, -1, shape, device, path)
+    if mu is None:
+        return noise * (start.alpha**2 + start.sigma**2) ** 0.5
+    return (start.alpha + start.beta) * mu.to(noise.dtype) + start.sigma * noise
 
 
 def check_seeds(seeds: Sequence[int], count: int) -> list[int]:

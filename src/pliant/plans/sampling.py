@@ -12,7 +12,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.guidance import guide
 from pliant.plans.engine import BoundCalls, Lowered, packed_pair
-from pliant.plans.noise import batch_noise, check_seeds
+from pliant.plans.noise import batch_noise, check_seeds, start_state
 from pliant.plans.plan import Plan, Step
 from pliant.solvers import Eval, Output, Program, StepResult, run
 
@@ -33,6 +33,23 @@ def check_labels(cond: Sequence[int] | Tensor, model: Denoiser) -> Tensor:
     return labels
 
 
+def check_offset(program: Program, mu: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """`mu` on the device. Raises PlanError if the program's path needs it and it is missing, or the reverse."""
+    needed = program.needs_offset or program.start.beta != 0.0
+    if mu is None:
+        if needed:
+            raise PlanError(
+                f"the path {program.path['name']!r} drifts to a known image: pass mu=, a tensor {shape} (for image "
+                f"restoration, the degraded images)"
+            )
+        return None
+    if not needed:
+        raise PlanError(f"mu is for paths with an offset, which {program.path['name']!r} has not; leave it out")
+    if tuple(mu.shape) != shape or not mu.is_floating_point():
+        raise PlanError(f"mu must be a floating-point tensor {shape}, got {mu.dtype} {tuple(mu.shape)}")
+    return mu.to(device)
+
+
 class Sampler:
     """A model and a plan made ready once, to be run on any number of batches."""
 
@@ -47,25 +64,28 @@ class Sampler:
         self.lowered = {c: Lowered(model, c) for c in computes}
 
     def steps(
-        self, cond: Sequence[int] | Tensor, seeds: Sequence[int], x: Tensor | None = None
+        self,
+        cond: Sequence[int] | Tensor,
+        seeds: Sequence[int],
+        x: Tensor | None = None,
+        mu: Tensor | None = None,
     ) -> Iterator[StepResult]:
         """Run the plan, yielding after each step its index, state `x` and the `x0` estimate (both (B, C, H, W)).
 
-        cond: class labels; seeds: one per sample; x: start state instead of seeded noise, (B, C, H, W).
+        cond: class labels; seeds: one per sample; x: start state instead of seeded noise, (B, C, H, W); mu: the images
+        that a path with an offset drifts to (the degraded ones of restoration), (B, C, H, W), for such paths only.
         """
         model = self.model
         labels = check_labels(cond, model)
         seeds = check_seeds(seeds, len(labels))
+        mu = check_offset(self.program, mu, (len(labels), *model.sample_shape), model.device)
         if x is None:
-            start = self.program.start
-            # For data of unit variance this is the path's own spread at the start: 1 on variance-preserving paths.
-            scale = (start.alpha**2 + start.sigma**2) ** 0.5
-            x = batch_noise(seeds, -1, model.sample_shape, model.device, model.path) * scale
+            x = start_state(self.program.start, seeds, model.sample_shape, model.device, model.path, mu)
         elif tuple(x.shape) != (len(labels), *model.sample_shape):
             raise PlanError(f"the start state must be {(len(labels), *model.sample_shape)}, got {tuple(x.shape)}")
         evaluate = _Evaluator(self, labels)
         noise = lambda slot: batch_noise(seeds, slot, model.sample_shape, model.device)  # noqa: E731
-        results = run(self.program, x.to(model.device), evaluate, noise)
+        results = run(self.program, x.to(model.device), evaluate, noise, mu)
         while True:
             with torch.no_grad():  # not around the yield: the caller's own code keeps its grad mode
                 result = next(results, None)
@@ -73,10 +93,16 @@ class Sampler:
                 return
             yield result
 
-    def __call__(self, cond: Sequence[int] | Tensor, seeds: Sequence[int], x: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        cond: Sequence[int] | Tensor,
+        seeds: Sequence[int],
+        x: Tensor | None = None,
+        mu: Tensor | None = None,
+    ) -> Tensor:
         """The final state (B, C, H, W)."""
         final = x
-        for result in self.steps(cond, seeds, x):
+        for result in self.steps(cond, seeds, x, mu):
             final = result.x
         if final is None:  # a plan has at least one step
             raise PlanError("this plan has no steps")
@@ -116,7 +142,6 @@ class _Evaluator:
             (conditional, variance), (reference, _) = answers
         return Output(guide(conditional, reference, step.guidance.scale, step.guidance.channels), variance)
 
-
     def _answers(self, x: Tensor, calls: list[Call], places: list[int]) -> list[tuple[Tensor, Tensor | None]]:
         """(value, variance) of every call; a batch of both labels has twice the rows."""
         if len(calls) == 2:
@@ -148,9 +173,10 @@ def sample_steps(
     cond: Sequence[int] | Tensor,
     seeds: Sequence[int] | None = None,
     x: Tensor | None = None,
+    mu: Tensor | None = None,
 ) -> Iterator[StepResult]:
-    """Sample step by step: yields (index, x, x0) objects. `seeds` default to 0, 1, 2, ..."""
-    return Sampler(model, plan).steps(cond, _default_seeds(cond, seeds), x)
+    """Sample step by step: yields (index, x, x0) objects. `seeds` default to 0, 1, 2, ...; x, mu: `Sampler.steps`."""
+    return Sampler(model, plan).steps(cond, _default_seeds(cond, seeds), x, mu)
 
 
 def sample(
@@ -160,16 +186,22 @@ def sample(
     seeds: Sequence[int] | None = None,
     batch_size: int = 64,
     x: Tensor | None = None,
+    mu: Tensor | None = None,
 ) -> Tensor:
-    """Sample all labels, `batch_size` at a time -> (B, C, H, W). Image k depends on its own label and seed only."""
+    """Sample all labels, `batch_size` at a time -> (B, C, H, W). Image k depends on its own label and seed only.
+
+    x, mu: start states and, for paths with an offset, the images they drift to; see `Sampler.steps`.
+    """
     seeds = _default_seeds(cond, seeds)
     sampler = Sampler(model, plan)
     labels = check_labels(cond, model)
     check_seeds(seeds, len(labels))
-    parts = [
-        sampler(labels[i : i + batch_size], seeds[i : i + batch_size], None if x is None else x[i : i + batch_size])
-        for i in range(0, len(labels), batch_size)
-    ]
+    check_offset(sampler.program, mu, (len(labels), *model.sample_shape), model.device)
+    parts = []
+    for i in range(0, len(labels), batch_size):
+        part = slice(i, i + batch_size)
+        states, offsets = (None if v is None else v[part] for v in (x, mu))
+        parts.append(sampler(labels[part], seeds[part], states, offsets))
     return torch.cat(parts)
 
 
