@@ -54,17 +54,36 @@ def config_scaling(autoencoder: Any) -> tuple[float, float]:
     return float(shift or 0.0), float(scale or 1.0)
 
 
+@torch.no_grad()
+def encoded(autoencoder: Any, images: Tensor, normalisation: dict[str, Any] | None) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32 as a model sees them; inverse of `decoded`.
+
+    Autoencoders with a distribution of latents give its mean.
+    """
+    parameter = next(autoencoder.parameters())
+    out = autoencoder.encode(images.to(parameter.device, parameter.dtype))
+    latents: Tensor = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
+    shift, scale = (v.to(latents.device) for v in _shift_scale(autoencoder, normalisation))
+    return (latents.float() - shift) * scale
+
+
 def decoded(autoencoder: Any, latents: Tensor, normalisation: dict[str, Any] | None) -> Tensor:
     """Latents (B, C, h, w) as a model makes them -> images (B, 3, H, W) float32 in about [-1, 1].
 
     normalisation: {"shift": [...], "scale": [...]} per channel that the model's training data had (its metadata's
     "latents"); None: what the autoencoder's config says. The model saw `(latent - shift) * scale`.
     """
-    if normalisation:
-        shift, scale = (torch.tensor(normalisation[k])[:, None, None] for k in ("shift", "scale"))
-    else:
-        shift, scale = (torch.tensor(v) for v in config_scaling(autoencoder))
+    shift, scale = _shift_scale(autoencoder, normalisation)
     parameter = next(autoencoder.parameters())
     x = latents.float() / scale.to(latents.device) + shift.to(latents.device)
     images: Tensor = autoencoder.decode(x.to(parameter.device, parameter.dtype)).sample
     return images.float()
+
+
+def _shift_scale(autoencoder: Any, normalisation: dict[str, Any] | None) -> tuple[Tensor, Tensor]:
+    """What models see is `(latent - shift) * scale`; (C, 1, 1) or numbers."""
+    if normalisation:
+        shift, scale = (torch.tensor(normalisation[k])[:, None, None] for k in ("shift", "scale"))
+    else:
+        shift, scale = (torch.tensor(v) for v in config_scaling(autoencoder))
+    return shift, scale
