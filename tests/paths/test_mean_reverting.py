@@ -72,8 +72,12 @@ def test_translation(solver: str, kind: PredictionType) -> None:
         ("ddim", "sample", 1),
         ("mrs-1", "epsilon", 1),
         ("mrs-2", "sample", 2),
+        ("mrs-3", "sample", 2),  # the published rule lacks half of the quadratic term
         ("mrs-eps-2", "epsilon", 2),
+        ("mrs-eps-3", "epsilon", 2),
         ("dpmpp-2s", "sample", 2),
+        ("dpmpp-3s", "sample", 3),
+        ("unipc-2", "sample", 3),
     ],
 )
 def test_orders(solver: str, kind: PredictionType, order: int) -> None:
@@ -87,7 +91,7 @@ def test_orders(solver: str, kind: PredictionType, order: int) -> None:
     for steps in (40, 80, 160, 320):
         program = compile_program(PATH, grid(steps, first, last), solver, kind)
         errors.append(float((final(program, z + MU, MU) - expected).abs().max()))
-    assert slope(errors) == pytest.approx(order, abs=0.2)
+    assert slope(errors) == pytest.approx(order, abs=0.15)
     assert errors[-1] < 0.05
 
 

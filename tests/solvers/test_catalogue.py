@@ -178,7 +178,7 @@ def variance_of(program, std):
     return float(x[program.final].square().sum())
 
 
-STOCHASTIC = [name for name, entry in SOLVERS.items() if entry().stochastic and not entry.alias]
+STOCHASTIC = [name for name, entry in SOLVERS.items() if entry().stochastic]
 EXACT_LAW = {"ddpm": {"variance": "posterior"}, "edm-churn": {"noise": 1.0}}  # S_noise = 1.003 inflates on purpose
 
 
@@ -606,12 +606,12 @@ def test_ddpm_on_the_mean_reverting_path_is_equivariant(variance):
 def test_mean_reverting_orders(name):
     mu, found = torch.tensor([0.4, -0.3], dtype=torch.float64), []
     solver = get_solver({"name": name, "lower_order_final": False})
-    for n in (48, 96):
+    for n in (96, 192):
         program = compile_program(MRS_PATH, mrs_times(n), solver, solver.form)
         x = START * 0.2
         exact = exact_flow(shifted(GMM2D, -mu), x, program.start, program.end) + mu
         found.append(float((restored(program, GMM2D, mu, x + mu) - exact).square().mean().sqrt()))
-    assert slope(found) == pytest.approx(solver.convergence, abs=0.3)
+    assert slope(found) == pytest.approx(solver.convergence, abs=0.15)
 
 
 def test_mean_reversion_of_a_network_that_says_mu():

@@ -139,6 +139,11 @@ def test_limits():
     assert (step.a, weights) == (2.0, [-1.0])
     step, weights = step_weights(get_form("sample"), noise, mid, [noise])
     assert (step.a, weights) == (0.5, [0.5])
+    late = b.node(0.25)  # arriving at pure noise, where alpha is 0: x = sigma_t eps, eps = (x - alpha x0)/sigma
+    step, weights = step_weights(get_form("sample"), late, noise, [late])
+    assert (step.a, weights, step.noise) == (4.0, [-3.0], 0.0)
+    step, weights = step_weights(get_form("epsilon"), late, noise, [late])
+    assert (step.a, weights, step.noise) == (0.0, [1.0], 0.0)
     form = get_form("sample")
     assert order_allowed(form, mid, data, [mid, noise]) == 1
     assert order_allowed(form, mid, b.node(0.4), [mid, noise]) == 1  # history at log-SNR = -inf is not used

@@ -31,8 +31,8 @@ class Transfer:
     """A step of one form before weights: `x_t = a*x_s + b*sum(w*P) + noise*z`.
 
     h: step in the form's variable (infinite when an end has sigma = 0 or alpha = 0). decay: exponent of the
-    weight function, read only where h is finite. total: `b*M_0` in closed form, finite even when h is not:
-    what a first-order step multiplies its output with.
+    weight function; it and b mean something only where h is finite (nan elsewhere). total: `b*M_0` in closed form,
+    finite even when h is not: what a first-order step multiplies its output with.
     """
 
     a: float
@@ -61,7 +61,7 @@ def _data_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     a = t.sigma / s.sigma * math.exp(-depth)
     noise = t.sigma * math.sqrt(max(-math.expm1(-2.0 * depth), 0.0))
     if not (math.isfinite(h) and math.isfinite(depth)):  # at an end of the path, or all noise is fresh
-        return Transfer(a, t.alpha, noise, math.copysign(math.inf, h), 1.0, t.alpha - s.alpha * a)
+        return Transfer(a, math.nan, noise, math.copysign(math.inf, h), math.nan, t.alpha - s.alpha * a)
     c = 1.0 + depth / h
     return Transfer(a, t.alpha * c, noise, h, c, -t.alpha * math.expm1(-(h + depth)))
 
@@ -74,7 +74,7 @@ def _noise_step(s: Node, t: Node, h: float, depth: float) -> Transfer:
     if not math.isfinite(h):
         if depth != 0.0:
             raise PlanError(f"a stochastic step in epsilon form cannot reach t={t.t:g}; use the sample form")
-        return Transfer(a, 1.0, 0.0, h, math.nan, t.sigma - s.sigma * a)
+        return Transfer(a, math.nan, 0.0, h, math.nan, t.sigma - s.sigma * a)
     scale = 1.0 + depth / h
     noise = t.sigma * math.sqrt(depth / h * math.expm1(2.0 * h)) if depth != 0.0 else 0.0
     return Transfer(a, -scale * t.sigma, noise, h, -1.0, -scale * t.sigma * math.expm1(h))
@@ -182,13 +182,13 @@ def order_allowed(form: Form, s: Node, t: Node, nodes: Sequence[Node]) -> int:
     length = form.variable(t) - base  # only whether it is finite, and its size as a scale
     if not math.isfinite(length):
         return 1
-    offsets: list[float] = []
+    places: list[float] = []
     for node in nodes[:_MAX_NODES]:
-        nu = form.variable(node) - base
-        if not math.isfinite(nu) or any(abs(nu - other) < 1e-6 * abs(length) for other in offsets):
+        u = form.variable(node)
+        if not math.isfinite(u) or any(abs(u - other) < 1e-6 * abs(length) for other in places):
             break
-        offsets.append(nu)
-    return max(len(offsets), 1)
+        places.append(u)
+    return max(len(places), 1)
 
 
 def step_weights(

@@ -53,7 +53,7 @@ def lagrange(moment: Sequence[float], h: float, offsets: Sequence[float]) -> lis
     for k in range(last):
         for i in range(last, k, -1):
             w[i] -= nodes[k] * w[i - 1]
-    for k in range(last - 1, -1, -1):
+    for k in reversed(range(last)):
         for i in range(k + 1, last + 1):
             w[i] /= nodes[i] - nodes[i - k - 1]
         for i in range(k, last):
