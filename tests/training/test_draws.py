@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pliant.paths import get_path
 from pliant.training.draws import Draws
 
 
@@ -39,3 +40,14 @@ def test_laws() -> None:
     assert abs(float(u.mean()) - 0.5) < 0.02
     # Independent rows: the covariance of neighbours is zero up to 5 standard errors.
     assert abs(float((noise[1:] * noise[:-1]).mean())) < 5 / (4000 * 8) ** 0.5
+
+
+def test_noise_of_gaussian_paths_is_normal_noise() -> None:
+    """Bit-equal, so that training runs repeat; and only the path's own law differs from it."""
+    for shape in ((3,), (3, 8, 8)):
+        normal = Draws(5, 7, range(4)).normal(shape)
+        assert torch.equal(Draws(5, 7, range(4)).noise(get_path("linear"), shape), normal)
+        # Each row of PFGM++'s noise is Gaussian noise with a length of its own, the same whoever computes it.
+        other = Draws(5, 7, range(4)).noise(get_path("pfgmpp", dimensions=4), shape)
+        assert torch.equal(Draws(5, 7, [2, 3]).noise(get_path("pfgmpp", dimensions=4), shape), other[2:])
+        assert not torch.allclose(other, normal)

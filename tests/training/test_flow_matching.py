@@ -1,10 +1,12 @@
 """Flow matching against closed forms, and label dropout."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from pliant.errors import ConfigError
-from pliant.paths import get_time_density
+from pliant.paths import get_path, get_time_density
 from pliant.training.draws import Draws
 from pliant.training.objectives import Batch, FlowMatching, drop_labels
 from support.training import formula_denoiser
@@ -88,3 +90,22 @@ def test_dropping_labels_of_a_network_without_null_label_is_refused() -> None:
     assert torch.isfinite(FlowMatching(class_dropout=0.0)(denoiser, batch, Draws.single(4)).loss)
     with pytest.raises(ConfigError, match="label"):
         FlowMatching(class_dropout=0.1)(denoiser, batch, Draws.single(4))
+
+
+@pytest.mark.parametrize("dimensions", [4, 2048])
+def test_pfgmpp_trains_on_its_own_noise(dimensions: int) -> None:
+    """|eps|^2 / N of its law is F(N, D) distributed: heavy tails for few augmented dimensions."""
+    stats = pytest.importorskip("scipy.stats")
+    seen = {}
+
+    def network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.update(x=x, t=t)
+        return torch.zeros_like(x)
+
+    path = get_path("pfgmpp", dimensions=dimensions)
+    denoiser = dataclasses.replace(formula_denoiser(network, prediction="sample"), path=path)
+    FlowMatching(get_time_density("uniform", low=0.1))(denoiser, constant_batch(2000), Draws.single(2000, seed=1))
+    eps = (seen["x"] - 0.5) / path.alpha_sigma(seen["t"]).sigma[:, None, None, None].float()
+    squares = eps.double().square().mean((1, 2, 3)).numpy()
+    assert stats.kstest(squares, stats.f(64, dimensions).cdf).pvalue > 0.01
+    assert stats.kstest(squares, stats.chi2(64, scale=1 / 64).cdf).pvalue < (1e-6 if dimensions == 4 else 2.0)

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from pliant.paths import Path
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -70,6 +74,13 @@ class Draws:
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """(B, *shape) float32 standard normal noise; each row from a generator of its own."""
+        return self._noise(shape, lambda generator: torch.randn(tuple(shape), generator=generator))
+
+    def noise(self, path: Path, shape: Sequence[int]) -> Tensor:
+        """(B, *shape) float32 noise of the path's own law; on Gaussian paths the numbers of `normal`."""
+        return self._noise(shape, lambda generator: path.sample_noise((1, *shape), generator)[0])
+
+    def _noise(self, shape: Sequence[int], draw: Callable[[Generator], Tensor]) -> Tensor:
         self._calls += 1
         out = torch.empty(len(self.rows), *shape)
         generator = Generator()
@@ -77,5 +88,5 @@ class Draws:
         for place, row in enumerate(self.rows):
             # torch's CPU generator uses 32 bits of a seed; an odd multiplier keeps rows distinct.
             generator.manual_seed((base + 0x9E3779B1 * row) & 0xFFFFFFFF)
-            torch.randn(tuple(shape), generator=generator, out=out[place])
+            out[place] = draw(generator)
         return out.to(self.device, non_blocking=True)

@@ -40,7 +40,7 @@ class PatchDistillation:
         new = _new_patches(denoiser)
         patch = choose(new, draws)
         t = self._times(denoiser, draws)
-        noise = draws.normal(batch.images.shape[1:])
+        noise = draws.noise(denoiser.path, batch.images.shape[1:])
         labels = drop_labels(batch, denoiser, self.class_dropout, draws)
         x = denoiser.path.mix(batch.images, noise, t)
         with torch.no_grad():

@@ -37,7 +37,7 @@ class FlowMatching:
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws, compute: Compute | None = None) -> Loss:
         t = draws.each(self.time.sample)
-        noise = draws.normal(batch.images.shape[1:])
+        noise = draws.noise(denoiser.path, batch.images.shape[1:])
         labels = drop_labels(batch, denoiser, self.class_dropout, draws)
         x = denoiser.path.mix(batch.images, noise, t)
         target = denoiser.path.target("velocity", batch.images, noise, t)

@@ -74,9 +74,9 @@ class MMDBootstrap:
         # At least one grid step away from t = 0, where the target would be the noise-free data itself.
         low = 1 + int(u**self.clean_bias * (self.grid - length))
         times = [(low + length - i) / self.grid for i in range(length + 1)]
-        shape = batch.images.shape[1:]
-        target = denoiser.path.mix(batch.images, draws.normal(shape), times[-1])
-        x = denoiser.path.mix(batch.partners, draws.normal(shape), times[0])
+        path, shape = denoiser.path, batch.images.shape[1:]
+        target = path.mix(batch.images, draws.noise(path, shape), times[-1])
+        x = path.mix(batch.partners, draws.noise(path, shape), times[0])
         *weak, powerful = _weakest_first(patches)
         schedule = [patch for patch in weak for _ in range(self.weak_steps)] + [powerful] * self.powerful_steps
         for i, patch in enumerate(schedule):
