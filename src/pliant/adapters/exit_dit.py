@@ -130,10 +130,7 @@ class ExitDiT(nn.Module):
     def exit_config(self, depth: int) -> DiTConfig:
         """The config of an exit as a network of its own, `depth + 1` blocks. Raises ConfigError if there is none."""
         self.exit(depth)
-        # The exit's block is shaped like the last one, which matters where blocks differ in width.
-        cut = {name: getattr(self.config, name, None) for name in ("block_heads", "block_hidden")}
-        widths: dict[str, Any] = {name: (*each[:depth], each[-1]) for name, each in cut.items() if each}
-        return replace(self.config, depth=depth + 1, **widths)
+        return config_of_exit(self.config, depth)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, patch: tuple[int, int] | None = None, exit: int | None = None
@@ -221,6 +218,13 @@ class ExitDiT(nn.Module):
         if wrong:
             raise ConfigError(f"these exits were made for another model: tensor {wrong[0]!r} does not match")
         self.exits.load_state_dict({name.removeprefix("exits."): tensor for name, tensor in state.items()})
+
+
+def config_of_exit(config: DiTConfig, depth: int) -> DiTConfig:
+    """A DiT's config cut down to its first `depth` blocks and an exit's, which is shaped like the last one."""
+    cut = {"block_heads": config.block_heads, "block_hidden": config.block_hidden}
+    widths: dict[str, Any] = {name: (*each[:depth], each[-1]) for name, each in cut.items() if each}
+    return replace(config, depth=depth + 1, **widths)
 
 
 def conditioning(network: DiT, t: Tensor, y: Tensor) -> Tensor:

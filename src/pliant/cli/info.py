@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json, table
 from pliant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pliant.models import DiTConfig
 
 EXAMPLES = """\b
 Examples:
@@ -92,34 +95,51 @@ def _model(source: str, format: str | None, option: list[str] | None, json: bool
         emit_json({"kind": "model", **found.to_dict(), "calls": calls})
         return
     print(found.describe())
-    rows = [(c["patch"], str(c["tokens"]), f"{c['flops'] / 1e9:.4g}", f"{c['share']:.1%}") for c in calls]
-    table(("patch", "tokens", "GFLOP per call", "of full"), rows)
+    table(*call_rows(calls))
+
+
+def call_rows(calls: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of a table of calls; exits get a column where there are any."""
+    exits = any("exit" in c for c in calls)
+    rows: list[tuple[str, ...]] = []
+    for c in calls:
+        where = (str(c.get("exit", "full")),) if exits else ()
+        rows.append((c["patch"], *where, str(c["tokens"]), f"{c['flops'] / 1e9:.4g}", f"{c['share']:.1%}"))
+    return ("patch", *(("exit",) if exits else ()), "tokens", "GFLOP per call", "of full"), rows
 
 
 def calls_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tokens and exact FLOPs of one call at every patch size, from a model's identity alone."""
-    from pliant.adapters import FlexSpec
-    from pliant.compute import MATMUL, TransformerShape, macs
+    """Tokens and exact FLOPs of one call at every patch size and exit, from a model's identity alone."""
+    from pliant.adapters import ExitSpec, FlexSpec
+    from pliant.adapters.exit_dit import config_of_exit
     from pliant.models import DiTConfig
     from pliant.models.patches import patch_name
 
-    config = DiTConfig.from_dict(identity["network"]["dit"])
-    flex = identity["network"].get("flex")
+    network = identity["network"]
+    config, flex, exits = DiTConfig.from_dict(network["dit"]), network.get("flex"), network.get("exits")
     own = config.patch_size
     sizes = [own, *(p for p in (FlexSpec.from_dict(flex).patch_sizes if flex else ()) if p != own)]
-    calls: list[dict[str, Any]] = []
-    for patch in sizes:
-        rows, columns = config.grid(patch)
-        shape = TransformerShape(
-            depth=config.depth,
-            width=config.width,
-            heads=config.heads,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            patch=patch,
-            tokens=rows * columns,
-            mlp_ratio=config.mlp_ratio,
-            classes=config.label_rows,
-        )
-        calls.append({"patch": patch_name(patch), "tokens": rows * columns, "flops": 2 * macs(shape, MATMUL)})
+    calls: list[dict[str, Any]] = [{"patch": patch_name(patch), **_call(config, patch)} for patch in sizes]
+    for depth in ExitSpec.from_dict(exits).depths if exits else ():
+        calls.append({"patch": patch_name(own), "exit": depth, **_call(config_of_exit(config, depth), own)})
     return [{**c, "share": c["flops"] / calls[0]["flops"]} for c in calls]
+
+
+def _call(config: DiTConfig, patch: tuple[int, int]) -> dict[str, int]:
+    from pliant.compute import MATMUL, TransformerShape, macs
+
+    rows, columns = config.grid(patch)
+    shape = TransformerShape(
+        depth=config.depth,
+        width=config.width,
+        heads=config.heads,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        patch=patch,
+        tokens=rows * columns,
+        mlp_ratio=config.mlp_ratio,
+        classes=config.label_rows,
+        block_heads=config.block_heads,
+        block_hidden=config.block_hidden,
+    )
+    return {"tokens": rows * columns, "flops": 2 * macs(shape, MATMUL)}

@@ -127,7 +127,8 @@ def own_precision(model: Denoiser) -> str | None:
     from pliant.models import DiT
     from pliant.plans.engine import resolve_precision
 
-    network = model.network if isinstance(model.network, DiT) else model.network.base
+    core = model.core
+    network = core if isinstance(core, DiT) else core.base
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(resolve_precision(None, network))
 
 

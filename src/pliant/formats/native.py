@@ -1,7 +1,7 @@
 """Pliant's own model folder: `config.json` (what the tensors mean) and `model.safetensors` (the tensors).
 
-An adapter folder (recipe "lora") holds only the tensors that flexification added, in `adapter.safetensors`; its
-config names the architecture of the base it belongs to.
+An adapter folder holds only the tensors that flexification (recipe "lora") or early exits added, in
+`adapter.safetensors`; its config names the architecture of the base it belongs to.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pliant.adapters.exit_dit import ExitDiT, ExitSpec
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.adapters.spec import FlexSpec
 from pliant.denoiser import Denoiser, Network, Trained
@@ -41,9 +42,11 @@ def save(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None =
 
 
 def save_adapter(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None = None) -> None:
-    """Write only what flexification added (recipe "lora")."""
-    if not isinstance(denoiser.network, FlexiDiT):
-        raise FormatError("this model is not flexible, so it has no adapter to save; run pliant.flexify first")
+    """Write only what was added: the exits if there are any, else what flexification added (recipe "lora")."""
+    if not isinstance(denoiser.network, FlexiDiT | ExitDiT):
+        raise FormatError(
+            "this model is not flexible and has no exits, so it has no adapter; see pliant.flexify, attach_exits"
+        )
     _write(folder, model_config(denoiser), ADAPTER_FILE, denoiser.network.adapter_state_dict(), dtype)
 
 
@@ -93,6 +96,7 @@ class Meaning(NamedTuple):
 
     dit: DiTConfig
     flex: FlexSpec | None
+    exits: ExitSpec | None
     path: Path
     prediction: PredictionType
     network_time: NetworkTime
@@ -119,11 +123,12 @@ def parse(config: dict[str, Any], where: object) -> Meaning:
     if config.get("version") != VERSION:
         raise FormatError(f"{where} has config version {config.get('version')!r}, this Pliant reads version {VERSION}")
     try:
-        flex = config["network"].get("flex")
+        flex, exits = config["network"].get("flex"), config["network"].get("exits")
         preconditioning, trained = config.get("preconditioning"), config.get("trained")
         return Meaning(
             dit=DiTConfig.from_dict(config["network"]["dit"]),
             flex=FlexSpec.from_dict(flex) if flex else None,
+            exits=ExitSpec.from_dict(exits) if exits else None,
             path=path_from_config(config["path"]),
             prediction=prediction_type(config["prediction"]),
             network_time=NetworkTime.from_config(config["network_time"]),
@@ -144,7 +149,9 @@ def build(config: dict[str, Any], where: object) -> Denoiser:
     meaning = parse(config, where)
     try:
         base = DiT(meaning.dit)
-        network: Network = FlexiDiT(base, meaning.flex) if meaning.flex else base
+        network: DiT | FlexiDiT = FlexiDiT(base, meaning.flex) if meaning.flex else base
+        if meaning.exits:
+            return meaning.denoiser(ExitDiT(network, meaning.exits))
         return meaning.denoiser(network)
     except PliantError as error:
         raise FormatError(f"{where}: {error}") from None
@@ -170,7 +177,7 @@ def load(folder: str | FilePath) -> Denoiser:
     if not file.exists() and (folder / ADAPTER_FILE).exists():
         raise FormatError(f"{folder} holds only an adapter; load its base model first, then pliant.load_adapter")
     tensors = read_tensors(file)
-    if meaning.flex is None:
+    if meaning.flex is None and meaning.exits is None:
         _check_fit(meta_dit(meaning.dit).state_dict(), tensors, file)
         names = list(tensors)
         del tensors
@@ -204,15 +211,22 @@ def _check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: o
 
 
 def load_adapter(denoiser: Denoiser, folder: str | FilePath) -> Denoiser:
-    """A base denoiser plus an adapter folder -> the flexible denoiser. The base's weights are shared, not copied."""
+    """A base denoiser plus an adapter folder -> the flexible denoiser, or the one with exits.
+
+    The base's weights are shared, not copied (and frozen). Exits go on top: load a flexible adapter before them.
+    """
     folder = FilePath(folder)
     config = read_config(folder)
-    build_like = build(config, folder / CONFIG_FILE)
-    base = denoiser.network.base if isinstance(denoiser.network, FlexiDiT) else denoiser.network
-    if build_like.config != base.config:
+    wanted, core = build(config, folder / CONFIG_FILE).network, denoiser.core
+    base = core.base if isinstance(core, FlexiDiT) else core
+    if wanted.config != base.config:
         raise FormatError(f"{folder} was made for another architecture than this model; see both with 'pliant info'")
-    network = FlexiDiT(base, FlexSpec.from_dict(config["network"]["flex"]))
+    if isinstance(wanted, DiT):
+        raise FormatError(f"{folder} adds neither patch sizes nor exits, so it is no adapter")
+    if isinstance(wanted, FlexiDiT) and isinstance(denoiser.network, ExitDiT):
+        raise FormatError(f"{folder} adds patch sizes, which go below exits; load it first, then the exits")
     try:
+        network = ExitDiT(core, wanted.spec) if isinstance(wanted, ExitDiT) else FlexiDiT(base, wanted.spec)
         network.load_adapter_state_dict(read_tensors(folder / ADAPTER_FILE))
     except PliantError as error:
         raise FormatError(f"{folder}: {error}") from None

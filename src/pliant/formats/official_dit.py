@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pliant.adapters import FlexiDiT
+from pliant.adapters import ExitDiT, FlexiDiT
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, FormatError
 from pliant.files import replaced_file
@@ -272,6 +272,11 @@ def plain_network_only(denoiser: Denoiser) -> None:
         raise FormatError(
             f"this model was trained on path {denoiser.trained.path.name!r} and is used along {denoiser.path.name!r}; "
             f"only format 'pliant' can hold that. Save the model before on_path"
+        )
+    if isinstance(denoiser.network, ExitDiT):
+        raise FormatError(
+            "this model has early exits and only format 'pliant' can hold them; to export it without them, save "
+            "dataclasses.replace(model, network=model.core)"
         )
     if isinstance(denoiser.network, FlexiDiT):
         raise FormatError(

@@ -66,6 +66,9 @@ class Source:
         if flex:
             sizes = ", ".join("x".join(map(str, p)) for p in flex["patch_sizes"])
             lines.append(f"flexible: also runs at patch size {sizes} (recipe {flex['recipe']})")
+        exits = self.identity["network"].get("exits")
+        if exits:
+            lines.append(f"early exits after {', '.join(map(str, exits['depths']))} of {config.depth} blocks")
         return "\n".join([*lines, *self.notes])
 
 

@@ -32,19 +32,30 @@ class FlexifyConfig(Section):
     """Further fields of the recipe, e.g. {rank: 32}."""
 
 
+class ExitsConfig(Section):
+    """Give the model early exits before training; it is frozen itself. See `pliant exits --help`."""
+
+    depths: list[int]
+    """Blocks before each exit."""
+    gates: Literal["copy", "zero"] = "copy"
+
+
 class ModelConfig(Section):
-    """A new network (`dit`) or a trained one (`from`); optionally made flexible."""
+    """A new network (`dit`) or a trained one (`from`); optionally made flexible or given exits."""
 
     dit: dict[str, Any] | None = None
     """Fields of DiTConfig; `name: DiT-S/2` fills in a named size first."""
     from_: str | None = Field(default=None, alias="from")
     """Folder, file or Hub id of a model."""
     flexify: FlexifyConfig | None = None
+    exits: ExitsConfig | None = None
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
         if (self.dit is None) == (self.from_ is None):
             raise ValueError("give either `dit` (a new network) or `from` (a trained model)")
+        if self.exits is not None and self.from_ is None:
+            raise ValueError("`exits` imitate a trained model: give `from`")
         return self
 
 
@@ -93,7 +104,29 @@ class DistillConfig(Section):
     variance_weight: float = Field(default=0.1, ge=0)
 
 
-ObjectiveConfig = Annotated[FlowMatchingConfig | DDPMConfig | SharedConfig | DistillConfig, Field(discriminator="name")]
+class ExitDistillConfig(Section):
+    """Early exits imitate the full network, which stays frozen."""
+
+    name: Literal["exits"]
+    time: str | dict[str, Any] | None = None
+    """Default: uniform (over the table's entries on vp-discrete)."""
+    plan: str | None = None
+    """Plan file whose own times to train at, instead of `time`."""
+    weight: Literal["one", "velocity"] = "one"
+    """Of an error by time: none, or what it is worth in the velocity."""
+    class_dropout: float | None = Field(default=None, ge=0, le=1)
+    variance_weight: float = Field(default=0.1, ge=0)
+
+    @model_validator(mode="after")
+    def _times(self) -> ExitDistillConfig:
+        if self.time is not None and self.plan is not None:
+            raise ValueError("give either `time` or `plan`")
+        return self
+
+
+ObjectiveConfig = Annotated[
+    FlowMatchingConfig | DDPMConfig | SharedConfig | DistillConfig | ExitDistillConfig, Field(discriminator="name")
+]
 
 
 class DataConfig(Section):
@@ -275,7 +308,7 @@ def _tags(section: type[Section]) -> tuple[Any, ...]:
     return typing.get_args(section.model_fields["name"].annotation)
 
 
-_TAGGED: tuple[type[Section], ...] = (FlowMatchingConfig, DDPMConfig, SharedConfig, DistillConfig)
+_TAGGED: tuple[type[Section], ...] = (FlowMatchingConfig, DDPMConfig, SharedConfig, DistillConfig, ExitDistillConfig)
 
 
 def _reject_unknown(section: type[Section], tree: Any, prefix: str) -> None:

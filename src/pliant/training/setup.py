@@ -24,6 +24,7 @@ from pliant.training.config import (
     DataConfig,
     DDPMConfig,
     DistillConfig,
+    ExitDistillConfig,
     FlowMatchingConfig,
     ModelConfig,
     SharedConfig,
@@ -34,6 +35,7 @@ from pliant.training.data.latents import Scaling
 from pliant.training.draws import derived_seed
 from pliant.training.objectives import (
     DDPM,
+    ExitDistillation,
     FlowMatching,
     MMDBootstrap,
     Objective,
@@ -51,6 +53,10 @@ def build_denoiser(config: TrainConfig) -> Denoiser:
         flex = config.model.flexify
         patches = [patch if isinstance(patch, int) else (patch[0], patch[-1]) for patch in flex.patch_sizes]
         denoiser = flexify(denoiser, patches, seed=config.seed, recipe=flex.recipe, **flex.options)
+    if config.model.exits is not None:
+        from pliant.adapters.exits import attach_exits
+
+        denoiser = attach_exits(denoiser, config.model.exits.depths, gates=config.model.exits.gates)
     _unfreeze(denoiser)
     return denoiser
 
@@ -64,12 +70,14 @@ def _loaded(source: str) -> Denoiser:
 
 
 def _unfreeze(denoiser: Denoiser) -> None:
-    """Models for inference may come frozen. Recipe "lora" trains its modes, everything else all weights."""
-    from pliant.adapters import FlexiDiT
+    """Models for inference may come frozen. Recipe "lora" trains its modes, exits themselves, the rest all weights."""
+    from pliant.adapters import ExitDiT, FlexiDiT
 
     network = denoiser.network
     network.requires_grad_(True)
     if isinstance(network, FlexiDiT) and network.spec.recipe == "lora":
+        network.base.requires_grad_(False)
+    if isinstance(network, ExitDiT):
         network.base.requires_grad_(False)
 
 
@@ -114,6 +122,8 @@ def _dit_config(model: ModelConfig, learn_sigma: bool) -> DiTConfig:
 def build_objective(config: TrainConfig, denoiser: Denoiser) -> Objective:
     """The objective, checked against the denoiser. Raises ConfigError if they do not fit."""
     objective = _objective(config.objective, denoiser)
+    if denoiser.exit_depths and not isinstance(objective, ExitDistillation):
+        raise ConfigError("a model with exits is frozen but for them: its objective is 'exits', {name: exits}")
     objective.check(denoiser)
     return objective
 
@@ -129,9 +139,22 @@ def _objective(config: Any, denoiser: Denoiser) -> Objective:
         return DDPM(dropout)
     if isinstance(config, DistillConfig):
         return PatchDistillation(_density(config.time) if config.time else None, dropout, config.variance_weight)
+    if isinstance(config, ExitDistillConfig):
+        time = _density(config.time) if config.time else None
+        times = _plan_times(config.plan, denoiser) if config.plan else ()
+        return ExitDistillation(time, times, config.weight, dropout, config.variance_weight)
     if isinstance(config, FlowMatchingConfig):
         return FlowMatching(_density(config.time), dropout)
     raise TypeError(type(config).__name__)  # pragma: no cover - the config's union is closed
+
+
+def _plan_times(file: str, denoiser: Denoiser) -> tuple[float, ...]:
+    """House times at which a plan calls the network."""
+    from pliant.plans import Plan
+
+    plan = Plan.load(file)
+    plan.check(denoiser)
+    return tuple(evaluation.node.t for evaluation in plan.program(denoiser).evaluations)
 
 
 def _class_dropout(given: float | None, denoiser: Denoiser) -> float:

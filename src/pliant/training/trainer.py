@@ -296,7 +296,7 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         """Put the averages into the network and export it."""
-        from pliant.adapters import FlexiDiT
+        from pliant.adapters import ExitDiT, FlexiDiT
         from pliant.formats import native
 
         self.accelerator.wait_for_everyone()
@@ -308,7 +308,8 @@ class Trainer:
         if self.main:
             try:
                 native.save(result, target)
-                if isinstance(network, FlexiDiT) and network.spec.recipe == "lora":
+                lora = isinstance(network, FlexiDiT) and network.spec.recipe == "lora"
+                if lora or isinstance(network, ExitDiT):
                     native.save_adapter(result, self.folder / "adapter")
             except OSError as error:
                 reason = error.strerror or error

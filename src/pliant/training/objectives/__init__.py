@@ -1,8 +1,9 @@
-"""Losses that make models: flow matching, DDPM, and the two FlexiDiT recipes."""
+"""Losses that make models: flow matching, DDPM, the two FlexiDiT recipes, and early exits."""
 
 from pliant.training.objectives.base import Batch, Loss, Objective, drop_labels
 from pliant.training.objectives.ddpm import DDPM
 from pliant.training.objectives.distill import PatchDistillation
+from pliant.training.objectives.exits import ExitDistillation
 from pliant.training.objectives.flow_matching import FlowMatching
 from pliant.training.objectives.mmd import mmd_squared
 from pliant.training.objectives.shared import MMDBootstrap, SharedPatches
@@ -10,6 +11,7 @@ from pliant.training.objectives.shared import MMDBootstrap, SharedPatches
 __all__ = [
     "DDPM",
     "Batch",
+    "ExitDistillation",
     "FlowMatching",
     "Loss",
     "MMDBootstrap",
