@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import pliant
+from pliant.paths import make_grid
 from pliant.plans import Plan
 from support.cli import Run, refused
 
@@ -112,3 +113,40 @@ def test_budgets_that_cannot_be(flexible: Path, plain: Path, run: Run) -> None:
     refused(run("plan", plain, "--budget", "60%"), "one patch size", "flexify")
     refused(run("plan", flexible, "--weak-steps", 60), "between 0 and 50")
     refused(run("plan"), "name a model")
+
+
+@pytest.mark.parametrize(
+    ("typed", "grid"),
+    [("log-snr", "log-snr"), ("shifted:shift=3", {"name": "shifted", "shift": 3}), ("uniform:start=0.9", None)],
+)
+@pytest.mark.parametrize("budget", [(), ("--budget", "60%")])
+def test_grid(flexible: Path, run: Run, typed: str, grid: Any, budget: tuple[str, ...]) -> None:
+    plan = Plan.from_dict(run("plan", flexible, *budget, "--steps", 6, "--grid", typed, "--json").json["plan"])
+    model = pliant.load(flexible)
+    grid = grid or {"name": "uniform", "start": 0.9}
+    assert plan.times == make_grid(model.path, 6, grid).tolist()
+    assert plan.times != Plan.uniform(model, 6).times
+    assert plan.provenance["times"] == ({"name": grid} if isinstance(grid, str) else grid)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("karas", ("unknown time grid 'karas'", "'karras'")),
+        ("shifted:shft=3", ("'shifted' has no option 'shft'", "'shift'")),
+        ("shifted:3", ("cannot read the grid", "shifted:shift=3")),
+        ("shifted:shift=three", ("'shifted' does not take these options",)),
+    ],
+)
+def test_bad_grids(flexible: Path, run: Run, typed: str, words: tuple[str, ...]) -> None:
+    refused(run("plan", flexible, "--grid", typed), *words)
+
+
+def test_grid_is_spelt_the_same_everywhere(flexible: Path, plan_file: Path, run: Run) -> None:
+    for verb in ("plan", "sample", "eval"):
+        shown = " ".join(run(verb, "--help").out.split())
+        assert "--grid" in shown
+        assert "karras" in shown
+    refused(run("sample", flexible, "--plan", plan_file, "--grid", "karras"), "leave out --grid")
+    refused(run("sample", flexible, "--grid", "karas"), "'karras'")
+    refused(run("eval", flexible, "--reference", "digits", "--grid", "karas"), "'karras'")

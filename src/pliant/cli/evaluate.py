@@ -58,6 +58,7 @@ def evaluate(
     budget: opt.Budget = None,
     steps: opt.Steps = None,
     solver: opt.SolverName = None,
+    grid: opt.GridName = None,
     guidance: opt.GuidanceScale = None,
     guided_channels: opt.GuidedChannels = None,
     weak_steps: opt.WeakSteps = None,
@@ -81,7 +82,17 @@ def evaluate(
     from pliant.evaluation import get_extractor, load_reference
 
     choices = PlanOptions(
-        budget, steps, solver, guidance, guided_channels, weak_steps, weak_guidance_steps, weak, weak_last, precision
+        budget=budget,
+        steps=steps,
+        solver=solver,
+        grid=grid,
+        guidance=guidance,
+        guided_channels=guided_channels,
+        weak_steps=weak_steps,
+        weak_guidance_steps=weak_guidance_steps,
+        weak=weak,
+        weak_last=weak_last,
+        precision=precision,
     )
     opened = open_model(model, format, option, device)
     denoiser = opened.denoiser

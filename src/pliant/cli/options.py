@@ -52,6 +52,14 @@ SolverName = Annotated[
         "--solver", help="dpmpp-2m, heun, euler, ddim:eta=0.5, ddpm, ...  [default: dpmpp-2m]", show_default=False
     ),
 ]
+GridName = Annotated[
+    str | None,
+    typer.Option(
+        "--grid",
+        help="Times of the steps: uniform, karras, log-snr, shifted:shift=3, trailing, ...  [default: the path's own]",
+        show_default=False,
+    ),
+]
 GuidanceScale = Annotated[
     float | None,
     typer.Option("--guidance", help="Classifier-free guidance scale; 1 is none.  [default: 1]", show_default=False),

@@ -33,6 +33,7 @@ def plan(
     budget: opt.Budget = None,
     steps: opt.Steps = None,
     solver: opt.SolverName = None,
+    grid: opt.GridName = None,
     guidance: opt.GuidanceScale = None,
     guided_channels: opt.GuidedChannels = None,
     weak_steps: opt.WeakSteps = None,
@@ -59,7 +60,17 @@ def plan(
         emit_json(plan_schema())
         return
     choices = PlanOptions(
-        budget, steps, solver, guidance, guided_channels, weak_steps, weak_guidance_steps, weak, weak_last, precision
+        budget=budget,
+        steps=steps,
+        solver=solver,
+        grid=grid,
+        guidance=guidance,
+        guided_channels=guided_channels,
+        weak_steps=weak_steps,
+        weak_guidance_steps=weak_guidance_steps,
+        weak=weak,
+        weak_last=weak_last,
+        precision=precision,
     )
     if show is not None:
         _show(show, model, choices, out, format, option, json)

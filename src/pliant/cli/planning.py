@@ -31,6 +31,7 @@ class PlanOptions:
     weak: str | None = None
     weak_last: bool = False
     precision: str | None = None
+    grid: str | None = None
 
     def given(self) -> list[str]:
         """The options that were typed, as typed."""
@@ -39,6 +40,16 @@ class PlanOptions:
 
 def solver_config(text: str) -> dict[str, Any]:
     """ "ddim:eta=0.5,..." -> {"name": "ddim", "eta": 0.5}. Raises ConfigError."""
+    return _named(text, "solver", "ddim:eta=0.5")
+
+
+def grid_config(text: str | None) -> dict[str, Any] | None:
+    """ "shifted:shift=3" -> {"name": "shifted", "shift": 3}; None stays None. Raises ConfigError."""
+    return None if text is None else _named(text, "grid", "shifted:shift=3")
+
+
+def _named(text: str, what: str, example: str) -> dict[str, Any]:
+    """A name and its options. Raises ConfigError."""
     import yaml
 
     name, _, rest = text.partition(":")
@@ -46,7 +57,7 @@ def solver_config(text: str) -> dict[str, Any]:
     for pair in filter(None, rest.split(",")):
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"cannot read the solver {text!r}; write a name, or options as in ddim:eta=0.5")
+            raise ConfigError(f"cannot read the {what} {text!r}; write a name, or options as in {example}")
         config[key.strip()] = yaml.safe_load(value)
     return config
 
@@ -58,13 +69,14 @@ def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
     from pliant.solvers import get_solver
 
     solver = get_solver(solver_config(options.solver or SOLVER))
+    times = grid_config(options.grid)
     steps = options.steps or STEPS
     if options.budget is None and options.weak_steps is None:
         for name, value in (("--weak-last", options.weak_last), ("--weak-guidance-steps", options.weak_guidance_steps)):
             if value:
                 raise ConfigError(f"{name} belongs to plans with weak steps: give --budget or --weak-steps too")
         compute = Compute.of(parse_patch(options.weak)) if options.weak else Compute()
-        plan = Plan.uniform(model, steps, solver, compute, _guidance(options))
+        plan = Plan.uniform(model, steps, solver, compute, _guidance(options), times)
     else:
         if options.budget is not None and options.weak_steps is not None:
             raise ConfigError("give either --budget or --weak-steps, not both")
@@ -76,6 +88,7 @@ def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
             weak_guidance_steps=options.weak_guidance_steps,
             weak=Compute.of(parse_patch(options.weak)) if options.weak else None,
             solver=solver,
+            times=times,
             guidance=options.guidance,
             guided_channels=options.guided_channels,
             weak_last=options.weak_last,

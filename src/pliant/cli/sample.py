@@ -73,6 +73,7 @@ def sample(
     budget: opt.Budget = None,
     steps: opt.Steps = None,
     solver: opt.SolverName = None,
+    grid: opt.GridName = None,
     guidance: opt.GuidanceScale = None,
     guided_channels: opt.GuidedChannels = None,
     weak_steps: opt.WeakSteps = None,
@@ -92,7 +93,17 @@ def sample(
     Image k has seed SEED + k and is the same alone, in a batch and on another day.
     """
     choices = PlanOptions(
-        budget, steps, solver, guidance, guided_channels, weak_steps, weak_guidance_steps, weak, weak_last, precision
+        budget=budget,
+        steps=steps,
+        solver=solver,
+        grid=grid,
+        guidance=guidance,
+        guided_channels=guided_channels,
+        weak_steps=weak_steps,
+        weak_guidance_steps=weak_guidance_steps,
+        weak=weak,
+        weak_last=weak_last,
+        precision=precision,
     )
     if replay is not None:
         ignored = [*(["--plan"] if plan else []), *(["--class"] if classes else []), *choices.given()]

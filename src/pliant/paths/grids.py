@@ -284,7 +284,10 @@ def make_grid(
         if math.isfinite(high):
             own.update(sigma_max=high, start=float(path.time_of_noise_ratio(high)))
         options = {**{k: v for k, v in own.items() if k in known}, **options}
-    times = function(path, steps, **options)
+    try:
+        times = function(path, steps, **options)
+    except TypeError as error:
+        raise PlanError(f"time grid {name!r} does not take these options: {error}") from None
     if not bool((times.diff() < 0.0).all()) or not 0.0 <= float(times[-1]) < float(times[0]) <= 1.0:
         raise PlanError(
             f"time grid {name!r} with {steps} steps repeats times or leaves [0, 1] on path {path.name!r}; use fewer "
