@@ -49,7 +49,7 @@ class StreamBatch:
         seed: int = 0,
         frames: int = 1,
     ) -> None:
-        """plan: of single-step updates, or levels (house times, decreasing) for the published re-noising.
+        """plan: of single-step updates, or levels (house times, decreasing), see `levels_plan`.
 
         label: the class; None: unconditional. seed: of the noise, drawn here and shared by all frames, which keeps
         consecutive frames coherent. frames: how many enter per tick. Raises PlanError or ConfigError.

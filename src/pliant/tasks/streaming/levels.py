@@ -20,7 +20,10 @@ from pliant.solvers import Eval, Instruction, Lin, Node, Rows, SolverLike
 from pliant.solvers.interpreter import sample_coefficients
 
 RENOISE = "flow-stochastic"
-"""The solver of published streams: estimate x0, then noise it to the next level."""
+"""The solver of published streams, for distilled models: estimate x0, then noise it anew to the next level."""
+FOLLOW = "ddim"
+"""The default: the same estimate, but the noise that is left stays. Networks that are not distilled keep closer to the
+frame with it (docs/streaming.md has numbers)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def even_levels(strength: float, steps: int) -> list[float]:
     return [strength * (steps - k) / steps for k in range(steps)]
 
 
-def levels_plan(model: Denoiser, levels: Sequence[float], solver: SolverLike = RENOISE) -> Plan:
+def levels_plan(model: Denoiser, levels: Sequence[float], solver: SolverLike = FOLLOW) -> Plan:
     """The plan of a stream: a single-step solver through the levels (house times) to clean data."""
     times = check_levels(levels)
     return Plan.uniform(model, len(times), solver, times=[*times, 0.0])

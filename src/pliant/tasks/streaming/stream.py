@@ -59,7 +59,7 @@ class Stream:
         seed: int = 0,
         frames: int = 1,
     ) -> None:
-        """plan: a plan of single-step updates, or levels (house times, decreasing) for re-noising as published.
+        """plan: a plan of single-step updates, or levels (house times, decreasing), see `levels_plan`.
 
         label: the class; None: unconditional. filter: skips frames; None: processes all. codec: for models of
         latents. seed: of the noise that all frames share. frames: how many are pushed at a time.
@@ -150,7 +150,8 @@ class Aligned:
         stream.reset()
         self.stream = stream
         self._waiting: deque[int] = deque()  # per frame: the how-manieth processed frame it is shown as
-        self._finished = 0
+        self.finished = 0
+        """Processed frames whose output is known."""
         self._latest: Tensor | None = None
 
     def add(self, frame: Tensor) -> list[Tensor]:
@@ -165,12 +166,12 @@ class Aligned:
         return [shown for output in self.stream.flush() for shown in self._finish(output)]
 
     def _finish(self, output: Tensor) -> list[Tensor]:
-        self._finished, self._latest = self._finished + 1, output
+        self.finished, self._latest = self.finished + 1, output
         return self._known()
 
     def _known(self) -> list[Tensor]:
         found = []
-        while self._waiting and self._latest is not None and self._waiting[0] == self._finished:
+        while self._waiting and self._latest is not None and self._waiting[0] == self.finished:
             self._waiting.popleft()
             found.append(self._latest)
         return found

@@ -25,7 +25,8 @@ def next_virtual_noise(s: Tensor, eps: Tensor, noise: Tensor, here: AlphaSigma, 
     """s at the next level from s at this one, where the state is re-noised: the recursion of the published code.
 
     eps: the guided noise that the step from `here` to `there` used; noise: what it added,
-    `x' = alpha'*x0 + sigma'*noise`. Equal to `virtual_noise` of the next state for a reference that the caller need not keep.
+    `x' = alpha'*x0 + sigma'*noise`.
+    Equal to `virtual_noise` of the next state, for a reference that the caller need not keep.
     """
     gap = like(here.sigma / here.alpha, s) * (s - eps)  # x0 estimate - reference
     return noise + like(there.alpha / there.sigma, s) * gap
