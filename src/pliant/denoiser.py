@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pliant.adapters.alignment import Alignment, alignment, coarse, preconditioned, seen_from
 from pliant.adapters.exit_dit import ExitDiT
 from pliant.adapters.flexible_dit import FlexiDiT
-from pliant.compute import MATMUL, Compute, Convention, TransformerShape, macs
+from pliant.compute import MATMUL, Compute, Convention, TransformerShape, spent_macs
 from pliant.errors import ConfigError, ShapeError
 from pliant.models.dit import DiT, DiTConfig
 from pliant.paths import (
@@ -244,7 +244,7 @@ class Denoiser:
 
     def exit_of(self, compute: Compute) -> int | None:
         """The exit a compute leaves through, None for full depth. Raises ConfigError if it cannot run here."""
-        depth: int | None = getattr(compute, "exit", None)
+        depth = compute.exit
         if depth is None:
             return None
         if not isinstance(self.network, ExitDiT):
@@ -339,7 +339,16 @@ class Denoiser:
 
     def flops(self, compute: Compute | None = None, convention: Convention = MATMUL) -> int:
         """FLOPs of one call for one image; a multiply-add counts 2."""
-        return 2 * macs(self.shape(compute), convention)
+        return 2 * spent_macs(self.shape(compute), compute or Compute(), convention)
+
+    def least_flops(self, compute: Compute, convention: Convention = MATMUL) -> int:
+        """FLOPs of one call if its gate reuses; the same as `flops` without a gate."""
+        return 2 * spent_macs(self.shape(compute), compute, convention, hit=True)
+
+    @property
+    def num_sites(self) -> int:
+        """Residual branches of the network at full depth: attention and MLP of every block."""
+        return 2 * self.config.depth
 
     # Housekeeping -------------------------------------------------------------------------------------------------
 

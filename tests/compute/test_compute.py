@@ -44,7 +44,6 @@ def test_one_side_means_a_square() -> None:
         ({"patch": True}, "patch"),
         ({"patch": "4"}, "list of sides"),
         ({"merged": 1}, "merged"),
-        ({"precision": "fp16"}, "bf16"),
         ({"pach": 4}, "did you mean 'patch'"),
         ([4, 4], "object"),
     ],

@@ -1,6 +1,7 @@
 """What one network call may spend, and what it costs."""
 
-from pliant.compute.compute import Compute, Precision
+from pliant.compute.cache import Cache, Moment
+from pliant.compute.compute import Compute
 from pliant.compute.cost import (
     BLOCKS,
     MATMUL,
@@ -17,16 +18,28 @@ from pliant.compute.cost import (
     weight_bytes,
 )
 from pliant.compute.counted import counted_flops
+from pliant.compute.gate import Gate
+from pliant.compute.reuse import Reuse
+from pliant.compute.sites import Site, SiteModel
+from pliant.compute.spent import spent_macs, spent_parts
+from pliant.compute.tokens import Merge, Subset
 
 __all__ = [
     "BLOCKS",
     "MATMUL",
     "PUBLISHED",
     "WITHOUT_CONDITIONING",
+    "Cache",
     "Compute",
     "Convention",
     "CostParts",
-    "Precision",
+    "Gate",
+    "Merge",
+    "Moment",
+    "Reuse",
+    "Site",
+    "SiteModel",
+    "Subset",
     "TransformerShape",
     "activation_bytes",
     "cost_parts",
@@ -34,5 +47,7 @@ __all__ = [
     "flops",
     "macs",
     "parameter_count",
+    "spent_macs",
+    "spent_parts",
     "weight_bytes",
 ]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
+from pliant.compute.gate import Gate
+from pliant.compute.reuse import Reuse
+from pliant.compute.sites import format_sites, parse_sites, runs
+from pliant.compute.tokens import Subset, Tokens, tokens_from_dict, tokens_to_dict
 from pliant.errors import ConfigError, suggest
 
-Precision = Literal["fp32", "bf16"]
+WRITES = ("branch", "span(first,last)", "out", "kv")
+_SPAN = re.compile(r"span\((\d+),(\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -23,15 +29,26 @@ class Compute:
     """Patch sides in latent pixels, (height, width) or (frames, height, width); None: the model's own."""
     merged: bool = True
     """Fold low-rank adapters into the weights: no extra FLOPs, one more copy of the adapted weights."""
-    precision: Precision | None = None
-    """Number format of the network's matrix products; None: the format its weights are stored in."""
+    precision: str | None = None
+    """A registered variant, "fp32", "bf16", ...; None: the fastest that is safe for this network and device."""
+    exit: int | None = None
+    """Leave after so many blocks through the exit trained there; None: full depth."""
+    sites: str | None = None
+    """What every residual branch does, in runs: "R4C16R4" (R run, C reuse, K skip); None: all run. With
+    an exit: of the blocks before it and the exit's own."""
+    reuse: Reuse | None = None
+    """What C means. None where no site is C."""
+    tokens: Tokens | None = None
+    """Fewer tokens; None: all of them."""
+    write: tuple[str, ...] = ()
+    """What this call leaves in the cache: "branch", "span(4,20)", "out", "kv"."""
+    gate: Gate | None = None
+    """Decide while sampling whether the call may be cheaper. `sites` and `write` are those of a miss."""
 
     def __post_init__(self) -> None:
         patch = self.patch
         if patch is not None and (
-            not isinstance(patch, tuple)
-            or len(patch) not in (2, 3)
-            or not all(_is_positive(side) for side in patch)
+            not isinstance(patch, tuple) or len(patch) not in (2, 3) or not all(_is_positive(side) for side in patch)
         ):
             raise ConfigError(
                 f"compute asks for patch {patch!r}; expected 2 or 3 positive whole numbers as a tuple, "
@@ -39,28 +56,80 @@ class Compute:
             )
         if not isinstance(self.merged, bool):
             raise ConfigError(f"compute has merged={self.merged!r}; expected true or false.")
-        if self.precision is not None and self.precision not in get_args(Precision):
-            known = suggest(str(self.precision), get_args(Precision))
-            raise ConfigError(f"compute asks for precision {self.precision!r}; {known}")
+        if self.precision is not None and (not isinstance(self.precision, str) or not self.precision):
+            raise ConfigError(f"compute asks for precision {self.precision!r}; expected a name such as 'bf16'.")
+        if self.exit is not None and not _is_positive(self.exit):
+            raise ConfigError(f"compute has exit {self.exit!r}; expected the number of blocks before it, at least 1.")
+        object.__setattr__(self, "write", tuple(sorted(set(self.write), key=_write_key)))
+        if self.sites is not None:  # one spelling of each list
+            object.__setattr__(self, "sites", format_sites(parse_sites(self.sites)))
+        self._check_reuse()
+
+    def _check_reuse(self) -> None:
+        letters = "" if self.sites is None else parse_sites(self.sites)
+        hit = "" if self.gate is None else parse_sites(self.gate.on_hit)
+        if self.reuse is None and "C" in letters + hit:
+            raise ConfigError(f"compute has sites {self.sites or hit!r} with C but no reuse that says what C means")
+        if self.reuse is not None:
+            if "C" not in letters + hit:
+                raise ConfigError("compute has a reuse but no site that is C; leave one of them out")
+            for text in (letters, hit):
+                if self.reuse.kind == "out" and "C" in text and set(text) != {"C"}:
+                    raise ConfigError("reuse of the whole output needs all sites C, such as 'C24'")
+        if self.gate is not None and letters and len(hit) != len(letters):
+            raise ConfigError(f"a gate's on_hit has {len(hit)} sites, the call's own list {len(letters)}")
+        if self.gate is not None and letters and set(letters[: self.gate.probe]) - {"R"}:
+            raise ConfigError(f"a gate with a probe of {self.gate.probe} sites needs sites that begin with R there")
+        if isinstance(self.tokens, Subset) and (self.sites is not None or self.gate is not None or self.write):
+            raise ConfigError("a subset of tokens runs all sites and writes nothing; leave out sites, write and gate")
+        for first, last in self.spans:
+            if letters and last > len(letters):
+                raise ConfigError(f"compute writes span({first},{last}) but has only {len(letters)} sites")
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The spans this call writes."""
+        return tuple((int(m[1]), int(m[2])) for m in map(_SPAN.fullmatch, self.write) if m)
+
+    def reads(self) -> tuple[tuple[int, int], ...]:
+        """Runs of C among the sites, of the call itself and of a gate's hit: what must be in the cache."""
+        lists = [self.sites or "", self.gate.on_hit if self.gate else ""]
+        return tuple((a, b) for text in lists if text for letter, a, b in runs(parse_sites(text)) if letter == "C")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the call is the whole network, with nothing kept or reused."""
+        return self.sites is None and self.tokens is None and not self.write and self.gate is None
 
     @classmethod
-    def of(
-        cls, patch: int | Sequence[int] | None = None, merged: bool = True, precision: Precision | None = None
-    ) -> Compute:
+    def of(cls, patch: int | Sequence[int] | None = None, merged: bool = True, **others: Any) -> Compute:
         """The same, taking one side for a square patch: `Compute.of(patch=4)` is `Compute(patch=(4, 4))`."""
         if isinstance(patch, int):
             patch = (patch, patch)
         elif patch is not None:
             patch = tuple(patch)
-        return cls(patch=patch, merged=merged, precision=precision)
+        return cls(patch=patch, merged=merged, **others)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values of every field."""
-        return {
+        """JSON-ready values of every field that says something, and always patch, merged and precision."""
+        values: dict[str, Any] = {
             "patch": None if self.patch is None else list(self.patch),
             "merged": self.merged,
             "precision": self.precision,
         }
+        if self.exit is not None:
+            values["exit"] = self.exit
+        if self.sites is not None:
+            values["sites"] = self.sites
+        if self.reuse is not None:
+            values["reuse"] = self.reuse.to_dict()
+        if self.tokens is not None:
+            values["tokens"] = tokens_to_dict(self.tokens)
+        if self.write:
+            values["write"] = list(self.write)
+        if self.gate is not None:
+            values["gate"] = self.gate.to_dict()
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Compute:
@@ -74,7 +143,17 @@ class Compute:
         patch = values.get("patch")
         if patch is not None and not isinstance(patch, (int, list, tuple)):
             raise ConfigError(f"compute asks for patch {patch!r}; expected a list of sides, e.g. [4, 4].")
-        return cls.of(patch, values.get("merged", True), values.get("precision"))
+        rest = {k: v for k, v in values.items() if k not in ("patch", "merged") and v is not None}
+        parsers: dict[str, Callable[[Any], Any]] = {
+            "reuse": Reuse.from_dict,
+            "tokens": tokens_from_dict,
+            "gate": Gate.from_dict,
+            "write": tuple,
+        }
+        for name, parse in parsers.items():
+            if name in rest:
+                rest[name] = parse(rest[name])
+        return cls.of(patch, values.get("merged", True), **rest)
 
     def describe(self) -> str:
         """Short text for tables, e.g. `patch 4x4, bf16`."""
@@ -83,7 +162,29 @@ class Compute:
             words.append("unmerged")
         if self.precision is not None:
             words.append(self.precision)
+        if self.exit is not None:
+            words.append(f"exit {self.exit}")
+        if self.sites is not None:
+            words.append(self.sites)
+        if self.reuse is not None:
+            words.append(f"C = {self.reuse.describe()}")
+        if self.tokens is not None:
+            words.append(self.tokens.describe())
+        if self.write:
+            words.append("keeps " + " ".join(self.write))
+        if self.gate is not None:
+            words.append(self.gate.describe())
         return ", ".join(words)
+
+
+def _write_key(item: str) -> tuple[str, int, int]:
+    """Sorts what is written; raises ConfigError for what cannot be."""
+    if item in ("branch", "out", "kv"):
+        return item, 0, 0
+    match = _SPAN.fullmatch(item) if isinstance(item, str) else None
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ConfigError(f"compute writes {item!r}; expected one of {', '.join(WRITES)} with first < last")
+    return "span", int(match[1]), int(match[2])
 
 
 def _is_positive(value: object) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,9 +17,14 @@ from torch import Tensor
 from pliant.adapters.alignment import coarse
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.adapters.packing import Call, choose_packing, packed_forward
-from pliant.compute import Compute, Precision
+from pliant.compute import Compute
+from pliant.compute.cache import Cache, Moment, Streams
+from pliant.compute.executor import Call as SiteCall
+from pliant.compute.lowering import SiteProgram, lower
 from pliant.denoiser import Denoiser
+from pliant.errors import PlanError
 from pliant.models.dit import DiT
+from pliant.models.dit_sites import DiTSites
 
 TABLE_BYTES = 32 * 2**20
 """Largest modulation table held at once; longer runs compute it in pieces."""
@@ -40,7 +46,7 @@ def _has_bf16_units() -> bool:
     return any(flag is not None and flag() for flag in flags)
 
 
-def resolve_precision(precision: Precision | None, network: DiT) -> torch.dtype:
+def resolve_precision(precision: str | None, network: DiT) -> torch.dtype:
     """The dtype a call runs in. None: bf16 where the hardware multiplies it faster and the network is not tiny.
 
     Measured with AMX: 2.4x faster than fp32 at width 96 (batch 120), 1.9x at batch 30.
@@ -66,24 +72,55 @@ def converted(network: DiT, dtype: torch.dtype) -> DiT:
     return copy.requires_grad_(False)
 
 
-class Lowered:
-    """One compute of one denoiser, ready to run: a plain network and how its states and outputs are aligned."""
+NetworkKey: TypeAlias = tuple[tuple[int, ...], int | None, bool, str | None]
+"""Patch size, exit, merged, precision: computes that agree in these run the same plain network."""
+Networks: TypeAlias = dict[NetworkKey, DiT | None]
+"""Plain networks made so far; None where this one cannot be made plain."""
 
-    def __init__(self, denoiser: Denoiser, compute: Compute) -> None:
+
+class Lowered:
+    """One compute of one denoiser, ready to run: a plain network, what its sites do, and how states and outputs are
+    aligned.
+
+    networks: shared by the computes of one plan, so that caching, skipping and plain steps use the same weights.
+    """
+
+    def __init__(self, denoiser: Denoiser, compute: Compute, networks: Networks | None = None) -> None:
         self.denoiser = denoiser
         self.compute = compute
-        network = denoiser.network
-        self.plain: DiT | None = None
-        if isinstance(network, DiT):
-            self.plain = network
-        elif compute.merged and network.spec.norm != "layernorm":
-            self.plain = network.materialize(denoiser.patch_of(compute))
-        if self.plain is not None:
-            self.plain = converted(self.plain, resolve_precision(compute.precision, self.plain))
+        networks = {} if networks is None else networks
+        self.grid = (denoiser.patch_of(compute), denoiser.exit_of(compute))
+        key = (*self.grid, compute.merged, compute.precision)
+        if key not in networks:
+            networks[key] = self._plain_network()
+        self.plain = networks[key]
+        self.sites: DiTSites | None = None
+        self.program: SiteProgram | None = None
+        if not compute.plain:
+            if self.plain is None:
+                raise PlanError("sites, caches and token subsets need merged adapters and a network without LayerNorms")
+            self.sites = DiTSites(self.plain)
+            self.program = lower(compute, len(self.sites.sites))
 
-    def bind(self, times: Sequence[float], labels: Tensor) -> BoundCalls:
-        """Calls at these house times with these labels (B,): conditioning is computed ahead where possible."""
-        return BoundCalls(self, times, labels)
+    def _plain_network(self) -> DiT | None:
+        compute = self.compute
+        network = self.denoiser.network_for(compute)
+        if isinstance(network, DiT):
+            plain = network
+        elif compute.merged and network.spec.norm != "layernorm":
+            plain = network.materialize(self.grid[0])
+        else:
+            return None
+        return converted(plain, resolve_precision(compute.precision, plain))
+
+    def bind(
+        self, times: Sequence[float], labels: Tensor, cache: Cache | None = None, streams: Streams = ("cond",)
+    ) -> BoundCalls:
+        """Calls at these house times with these labels (B,): conditioning is computed ahead where possible.
+
+        cache: the request's, which all its computes share; streams: what the rows are, in equal shares.
+        """
+        return BoundCalls(self, times, labels, Cache() if cache is None else cache, streams)
 
 
 @dataclass(frozen=True)
@@ -97,8 +134,12 @@ class _Aligned:
 class BoundCalls:
     """The calls of one `Lowered` in one sampling run; `call(k, x)` answers at the k-th time. Holds explicit state."""
 
-    def __init__(self, lowered: Lowered, times: Sequence[float], labels: Tensor) -> None:
+    def __init__(
+        self, lowered: Lowered, times: Sequence[float], labels: Tensor, cache: Cache, streams: Streams
+    ) -> None:
         self.lowered = lowered
+        self.cache = cache
+        self.streams = streams
         denoiser = lowered.denoiser
         house = torch.tensor(list(times), dtype=torch.float64)
         self.aligned: list[_Aligned] = []
@@ -111,13 +152,21 @@ class BoundCalls:
         self.labels = labels
         self.table = None if lowered.plain is None else ModulationTable(lowered.plain, self.network_times, labels)
 
-    def call(self, k: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(value in house sign and the denoiser's kind, variance code or None) for states x (B, C, H, W)."""
+    def call(self, k: int, x: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor | None]:
+        """(value in house sign and the denoiser's kind, variance code or None) for states x (B, C, H, W).
+
+        moment: when in the request this happens; needed by computes that keep or reuse something.
+        """
         lowered, scaled = self.lowered, self.scaled(k, x)
-        if lowered.plain is not None and self.table is not None:
+        if lowered.plain is None or self.table is None:
+            raw = lowered.denoiser.run(scaled, self.network_times[k], self.labels, lowered.compute)
+        elif lowered.program is None or lowered.sites is None:
             raw = lowered.plain.forward_modulated(scaled, self.table.rows(k))
         else:
-            raw = lowered.denoiser.run(scaled, self.network_times[k], self.labels, lowered.compute)
+            if moment is None:
+                raise PlanError("a call that keeps or reuses values needs to know when it happens; pass its moment")
+            run = SiteCall(lowered.program, lowered.sites, self.cache, lowered.grid, self.streams, moment)
+            raw = run() if run.from_memory else run(scaled, self.table.rows(k))
         return self.finish(k, x, raw)
 
     def scaled(self, k: int, x: Tensor) -> Tensor:
@@ -145,7 +194,7 @@ def packed_pair(
     Two patch sizes share a pass only while they share weights, that is unmerged; and a pass is shared only on devices
     where that is faster (`choose_packing`).
     """
-    network = first.lowered.denoiser.network
+    network = first.lowered.denoiser.core
     if not isinstance(network, FlexiDiT) or first.lowered.plain is not None or second.lowered.plain is not None:
         return None
     tokens = [b.lowered.denoiser.shape(b.lowered.compute).tokens for b in (first, second)]

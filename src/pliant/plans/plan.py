@@ -18,6 +18,7 @@ from pliant.errors import PlanError, PliantError, suggest
 from pliant.files import write_json
 from pliant.guidance import Guidance
 from pliant.paths import Path, make_grid, path_from_config
+from pliant.plans.calls import check_reuse, reuses
 from pliant.plans.cost import PlanCost, plan_cost
 from pliant.solvers import Program, Solver, SolverLike, compile_program, get_solver
 
@@ -143,6 +144,8 @@ class Plan:
                 check_step(step, model)
             except PliantError as error:
                 raise PlanError(f"step {i} (t={step.t:g}): {error}") from None
+        if reuses(self):
+            check_reuse(self, self.program(model), model)
 
     def cost(self, model: Denoiser) -> PlanCost:
         """Exact FLOPs per image, and as a share of the same plan run at full compute."""

@@ -7,17 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pliant.compute import Compute
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
-from pliant.guidance import guide
-from pliant.plans.engine import BoundCalls, Lowered, packed_pair
+from pliant.plans.calls import computes_of
+from pliant.plans.engine import Lowered, Networks
+from pliant.plans.evaluator import Evaluator
 from pliant.plans.noise import batch_noise, check_seeds, start_state
-from pliant.plans.plan import Plan, Step
-from pliant.solvers import Eval, Output, Program, StepResult, run
-
-Call = tuple[Compute, str]
-"""A compute and which labels it sees: "cond", "null", or "both" (conditional and null in one batch)."""
+from pliant.plans.plan import Plan
+from pliant.solvers import Program, StepResult, run
 
 
 def check_labels(cond: Sequence[int] | Tensor, model: Denoiser) -> Tensor:
@@ -59,9 +56,8 @@ class Sampler:
         self.model = model
         self.plan = plan
         self.program: Program = plan.program(model)
-        computes = {s.compute for s in plan.steps}
-        computes |= {s.guidance.compute for s in plan.steps if s.guidance and s.guidance.compute}
-        self.lowered = {c: Lowered(model, c) for c in computes}
+        networks: Networks = {}
+        self.lowered = {c: Lowered(model, c, networks) for c in computes_of(plan)}
 
     def steps(
         self,
@@ -83,7 +79,7 @@ class Sampler:
             x = start_state(self.program.start, seeds, model.sample_shape, model.device, model.path, mu)
         elif tuple(x.shape) != (len(labels), *model.sample_shape):
             raise PlanError(f"the start state must be {(len(labels), *model.sample_shape)}, got {tuple(x.shape)}")
-        evaluate = _Evaluator(self, labels)
+        evaluate = Evaluator(model, self.plan, self.program, self.lowered, labels)
         noise = lambda slot: batch_noise(seeds, slot, model.sample_shape, model.device)  # noqa: E731
         results = run(self.program, x.to(model.device), evaluate, noise, mu)
         while True:
@@ -107,64 +103,6 @@ class Sampler:
         if final is None:  # a plan has at least one step
             raise PlanError("this plan has no steps")
         return final
-
-
-class _Evaluator:
-    """What the interpreter calls: picks the calls of an evaluation's step, runs and combines them."""
-
-    def __init__(self, sampler: Sampler, labels: Tensor) -> None:
-        self.plan = sampler.plan
-        self.labels = labels
-        self.wanted: dict[Call, list[float]] = {}
-        self.position: dict[tuple[int, Call], int] = {}
-        for evaluation in sampler.program.evaluations:
-            for call in _calls(self.plan.steps[evaluation.step]):
-                times = self.wanted.setdefault(call, [])
-                self.position[evaluation.out, call] = len(times)
-                times.append(evaluation.node.t)
-        null = torch.full_like(labels, sampler.model.num_classes)
-        which = {"cond": labels, "null": null, "both": torch.cat([labels, null])}
-        self.bound: dict[Call, BoundCalls] = {
-            call: sampler.lowered[call[0]].bind(times, which[call[1]]) for call, times in self.wanted.items()
-        }
-
-    def __call__(self, x: Tensor, evaluation: Eval) -> Output:
-        step = self.plan.steps[evaluation.step]
-        calls = _calls(step)
-        answers = self._answers(x, calls, [self.position[evaluation.out, call] for call in calls])
-        if step.guidance is None:
-            return Output(*answers[0])
-        if len(answers) == 1:  # conditional and null ran as one batch
-            (values, variances), n = answers[0], len(x)
-            conditional, reference = values[:n], values[n:]
-            variance = None if variances is None else variances[:n]
-        else:
-            (conditional, variance), (reference, _) = answers
-        return Output(guide(conditional, reference, step.guidance.scale, step.guidance.channels), variance)
-
-    def _answers(self, x: Tensor, calls: list[Call], places: list[int]) -> list[tuple[Tensor, Tensor | None]]:
-        """(value, variance) of every call; a batch of both labels has twice the rows."""
-        if len(calls) == 2:
-            packed = packed_pair(self.bound[calls[0]], self.bound[calls[1]], places[0], places[1], x)
-            if packed is not None:
-                return packed
-        return [
-            self.bound[call].call(k, torch.cat([x, x]) if call[1] == "both" else x)
-            for call, k in zip(calls, places, strict=True)
-        ]
-
-
-def _calls(step: Step) -> list[Call]:
-    """The network calls of one evaluation, the conditional one first; equal computes share a batch."""
-    guidance = step.guidance
-    if guidance is None:
-        return [(step.compute, "cond")]
-    reference = guidance.compute or step.compute
-    if guidance.against == "weak":
-        return [(step.compute, "cond"), (reference, "cond")]
-    if reference == step.compute:
-        return [(step.compute, "both")]
-    return [(step.compute, "cond"), (reference, "null")]
 
 
 def sample_steps(

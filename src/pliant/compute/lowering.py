@@ -1,0 +1,212 @@
+"""From what a call may spend to a straight list of operations: once per distinct compute, never in the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+from pliant.compute.compute import Compute
+from pliant.compute.reuse import Reuse
+from pliant.compute.sites import parse_sites, runs
+from pliant.compute.tokens import Merge
+from pliant.errors import PlanError
+
+Slot: TypeAlias = tuple[str, int, int]
+"""("branch", s, s+1), ("span", a, b) or ("out", 0, M): a place in the cache."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run sites first..last-1 and keep nothing."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """Run one site and keep its branch."""
+
+    site: int
+
+
+@dataclass(frozen=True)
+class AddBranch:
+    """Add the forecast of one site's branch through the gate of now."""
+
+    site: int
+
+
+@dataclass(frozen=True)
+class AddSpan:
+    """Add the forecast change of the state over sites first..last-1."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Remember the state here: a span that is written begins."""
+
+    site: int
+
+
+@dataclass(frozen=True)
+class Save:
+    """Write the change of the state since the mark."""
+
+    first: int
+    last: int
+
+
+Operation: TypeAlias = Run | RunStore | AddBranch | AddSpan | Mark | Save
+
+
+@dataclass(frozen=True)
+class SiteProgram:
+    """One compute on a network of `sites` sites.
+
+    probe: operations before the gate decides (empty without one); miss: those after it, or all of them; hit: those of
+    a hit. `whole_*`: that side is the whole output from the cache.
+    """
+
+    compute: Compute
+    sites: int
+    probe: tuple[Operation, ...]
+    miss: tuple[Operation, ...]
+    hit: tuple[Operation, ...]
+    miss_is_output: bool
+    hit_is_output: bool
+    hit_slots: tuple[Slot, ...]
+    """What a hit reads: without `reuse.order + 1` values of each there is no hit."""
+    write_output: bool
+
+
+def lower(compute: Compute, sites: int) -> SiteProgram:
+    """The operations of a compute on a network with so many sites. Raises PlanError for another number of them."""
+    for what, text in (("sites", compute.sites), ("gate.on_hit", compute.gate.on_hit if compute.gate else None)):
+        if text is not None and len(parse_sites(text)) != sites:
+            raise PlanError(f"{what} {text!r} is for {len(parse_sites(text))} sites, this model has {sites}")
+    for first, last in compute.spans:
+        if last > sites:
+            raise PlanError(f"span({first},{last}) is written, but this model has only {sites} sites")
+    letters = parse_sites(compute.sites) if compute.sites else "R" * sites
+    miss = _operations(compute, letters)
+    probe: tuple[Operation, ...] = ()
+    hit: tuple[Operation, ...] = ()
+    slots: tuple[Slot, ...] = ()
+    hit_is_output = False
+    if compute.gate is not None:
+        at = compute.gate.probe
+        cut = _split(miss, at)
+        probe, miss = miss[:cut], miss[cut:]
+        hit_letters = parse_sites(compute.gate.on_hit)
+        # The probe has run and kept its share by then; a hit keeps nothing.
+        rest = _operations(Compute(sites=compute.gate.on_hit, reuse=compute.reuse), hit_letters)
+        hit = _after(rest, at)
+        slots = read_slots(compute.reuse, hit_letters)
+        hit_is_output = _is_output(compute.reuse, hit_letters)
+    return SiteProgram(
+        compute,
+        sites,
+        probe,
+        miss,
+        hit,
+        _is_output(compute.reuse, letters),
+        hit_is_output,
+        slots,
+        "out" in compute.write,
+    )
+
+
+def read_slots(reuse: Reuse | None, letters: str) -> tuple[Slot, ...]:
+    """The cache places that these sites read."""
+    if reuse is None:
+        return ()
+    if _is_output(reuse, letters):
+        return (("out", 0, len(letters)),)
+    spans = [(a, b) for letter, a, b in runs(letters) if letter == "C"]
+    if reuse.kind == "span":
+        return tuple(("span", a, b) for a, b in spans)
+    return tuple(("branch", s, s + 1) for a, b in spans for s in range(a, b))
+
+
+def write_slots(compute: Compute, sites: int) -> tuple[Slot, ...]:
+    """The cache places that a full (missed) call writes."""
+    letters = parse_sites(compute.sites) if compute.sites else "R" * sites
+    slots: list[Slot] = [("span", a, b) for a, b in compute.spans]
+    if "branch" in compute.write:
+        slots += [("branch", s, s + 1) for s, letter in enumerate(letters) if letter == "R"]
+    if "out" in compute.write:
+        slots.append(("out", 0, sites))
+    if "kv" in compute.write:
+        slots.append(("kv", 0, sites))
+    return tuple(slots)
+
+
+def _is_output(reuse: Reuse | None, letters: str) -> bool:
+    return reuse is not None and reuse.kind == "out" and set(letters) == {"C"}
+
+
+def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
+    """Site by site, then equal neighbours joined."""
+    if _is_output(compute.reuse, letters):
+        return ()
+    begins = {a for a, _ in compute.spans}
+    ends: dict[int, list[int]] = {}
+    for a, b in compute.spans:
+        ends.setdefault(b, []).append(a)
+    cuts = sorted({0, len(letters), *begins, *ends, *((compute.gate.probe,) if compute.gate else ())})
+    branch = "branch" in compute.write
+    spans = compute.reuse is not None and compute.reuse.kind == "span"
+    out: list[Operation] = []
+    for letter, first, last in runs(letters):
+        pieces = [first, *(c for c in cuts if first < c < last), last]
+        if letter == "C" and spans:
+            if any(first < c < last for c in (*begins, *ends)):
+                raise PlanError(f"a written span begins or ends inside the reused span({first},{last})")
+            pieces = [first, last]
+        for a, b in pairwise(pieces):
+            if a in begins:
+                out.append(Mark(a))
+            if letter == "R" and branch:
+                out += [RunStore(s) for s in range(a, b)]
+            elif letter == "R":
+                out.append(Run(a, b))
+            elif letter == "C" and spans:
+                out.append(AddSpan(a, b))
+            elif letter == "C":
+                out += [AddBranch(s) for s in range(a, b)]
+            out += [Save(start, b) for start in ends.get(b, ())]
+    return tuple(out)
+
+
+def _first(operation: Operation) -> int:
+    return operation.site if isinstance(operation, (RunStore, AddBranch, Mark)) else operation.first
+
+
+def _split(operations: tuple[Operation, ...], at: int) -> int:
+    """How many operations belong to the sites before `at`."""
+    for k, operation in enumerate(operations):
+        begins = operation.last if isinstance(operation, Save) else _first(operation)
+        if begins > at or (begins == at and not isinstance(operation, Save)):
+            return k
+    return len(operations)
+
+
+def _after(operations: tuple[Operation, ...], at: int) -> tuple[Operation, ...]:
+    """The operations on sites from `at` on; a run across it is cut."""
+    rest: list[Operation] = []
+    for operation in operations:
+        if isinstance(operation, Run) and operation.first < at < operation.last:
+            rest.append(Run(at, operation.last))
+        elif _first(operation) >= at:
+            rest.append(operation)
+    return tuple(rest)
+
+
+def merges(compute: Compute) -> bool:
+    """Whether attention sees merged tokens."""
+    return isinstance(compute.tokens, Merge)

@@ -1,0 +1,66 @@
+"""The exact cost of a call that runs some sites, or some tokens: `cost.py`'s parts, site by site.
+
+Adding a kept branch or span costs no matrix product, so reuse is free in every convention here.
+"""
+
+from __future__ import annotations
+
+from pliant.compute.compute import Compute
+from pliant.compute.cost import MATMUL, Convention, CostParts, TransformerShape, cost_parts
+from pliant.compute.sites import parse_sites
+from pliant.compute.tokens import Merge, Subset
+from pliant.errors import ConfigError
+
+
+def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) -> CostParts:
+    """MACs of one image's call that spends `compute` on a network of this shape (an exit's block included).
+
+    hit: the cost of a hit of the compute's gate; else that of a miss. Raises ConfigError for another number of sites.
+    """
+    whole = cost_parts(shape)
+    if compute.plain:
+        return whole
+    letters = _letters(shape, compute, hit)
+    if set(letters) == {"C"} and compute.reuse is not None and compute.reuse.kind == "out":
+        return CostParts(**dict.fromkeys(vars(whole), 0))
+    L, D, N = shape.depth, shape.width, shape.tokens
+    side = D // shape.heads
+    inner = [side * heads for heads in shape.block_heads or (shape.heads,) * L]
+    hidden = list(shape.block_hidden or (shape.mlp_hidden,) * L)
+    # Rows that queries, keys and the MLP have.
+    queries = keys = rows = N
+    if isinstance(compute.tokens, Subset):
+        queries = rows = compute.tokens.count(N)
+    elif isinstance(compute.tokens, Merge):
+        queries = keys = compute.tokens.count(N)
+    attention = sum(width for i, width in enumerate(inner) if letters[2 * i] == "R")
+    mlp = sum(width for i, width in enumerate(hidden) if letters[2 * i + 1] == "R")
+    return CostParts(
+        patch_embed=whole.patch_embed,
+        self_projections=queries * 4 * D * attention,
+        self_attention=2 * queries * keys * attention,
+        mlp=rows * 2 * D * mlp,
+        cross_projections=whole.cross_projections,
+        cross_context=whole.cross_context,
+        cross_attention=whole.cross_attention,
+        lora=whole.lora,
+        final=whole.final * rows // N,
+        modulation=whole.modulation,
+        embedders=whole.embedders,
+        layer_norm=(letters.count("R") * queries + rows) * D,
+    )
+
+
+def spent_macs(shape: TransformerShape, compute: Compute, convention: Convention = MATMUL, hit: bool = False) -> int:
+    """Multiply-adds of one image's call."""
+    return spent_parts(shape, compute, hit).total(convention)
+
+
+def _letters(shape: TransformerShape, compute: Compute, hit: bool) -> str:
+    """One letter per site of the network that runs."""
+    total = 2 * shape.depth
+    text = compute.gate.on_hit if hit and compute.gate is not None else compute.sites
+    letters = "R" * total if text is None else parse_sites(text)
+    if len(letters) != total:
+        raise ConfigError(f"sites {text!r} is for {len(letters)} sites, this model has {total}")
+    return letters
