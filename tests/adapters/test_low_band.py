@@ -171,7 +171,7 @@ def test_wiener_is_the_full_field_of_gaussian_data(band: Band, size: Size) -> No
 
 
 def test_hold_neglects_what_is_below_the_switch_time() -> None:
-    """Its error is that of guessing 0 for detail, `P q/(1+q) / t^2`: SPEED's criterion up to the factor (P/(1+P))/t^2."""
+    """Its error is that of guessing 0 for detail, `P q/(1+q) / t^2`: SPEED's criterion times (P/(1+P))/t^2."""
     power = 0.5
     t = torch.linspace(0.5, 1, 20, dtype=torch.float64)
     state = (1 - t) ** 2 * power + t**2
