@@ -65,16 +65,27 @@ Delta: TypeAlias = Callable[[Tensor], Tensor]
 """What is added to a linear's output, as a function of its input: a `LowRank`, or one that acts on some tokens only."""
 
 
-def linear(x: Tensor, layer: nn.Linear, lora: Delta | None) -> Tensor:
-    """`layer(x)`, plus the low-rank delta if there is one."""
-    y = kernels.linear(x, layer.weight, layer.bias)
+class OwnLinear(nn.Module):
+    """A linear map with its own arithmetic (8-bit, mixed precision); may stand wherever a block has an `nn.Linear`."""
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """tanh-GELU of `self(x)`; to be overridden where one kernel does both."""
+        return F.gelu(self(x), approximate="tanh")
+
+
+def linear(x: Tensor, layer: nn.Module, lora: Delta | None) -> Tensor:
+    """`layer(x)`, plus the low-rank delta if there is one. A plain `nn.Linear` runs on our fused kernels."""
+    y: Tensor = kernels.linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(x)
     return y if lora is None else y + lora(x)
 
 
-def linear_gelu(x: Tensor, layer: nn.Linear, lora: Delta | None) -> Tensor:
+def linear_gelu(x: Tensor, layer: nn.Module, lora: Delta | None) -> Tensor:
     """tanh-GELU of `linear(x, layer, lora)`."""
     if lora is None:
-        return kernels.linear_gelu(x, layer.weight, layer.bias)
+        if type(layer) is nn.Linear:
+            return kernels.linear_gelu(x, layer.weight, layer.bias)
+        if isinstance(layer, OwnLinear):
+            return layer.gelu(x)
     return F.gelu(linear(x, layer, lora), approximate="tanh")
 
 
