@@ -212,7 +212,7 @@ def test_sde_keeps_the_marginals(strength: float, towards: str) -> None:
         mean, variance = mean + h * (offset + slope * mean), variance * (1 + h * slope) ** 2 + noise**2
     m, w, _, _ = exact.moments(grid[-1])
     assert mean == pytest.approx(m, rel=0.01)
-    assert variance == pytest.approx(w, rel=0.015 if strength == 5.0 else 0.01)
+    assert variance == pytest.approx(w, rel=0.01)
 
 
 def test_sde_direction() -> None:

@@ -18,6 +18,7 @@ from pliant.paths import (
     MeanReverting,
     Path,
     PFGMpp,
+    Preconditioning,
     VPContinuous,
     get_path,
     known_paths,
@@ -186,6 +187,29 @@ def test_pfgmpp_tends_to_edm() -> None:
         get_path("edm").sample_noise((3, 2), torch.Generator().manual_seed(5)),
         torch.randn(3, 2, generator=torch.Generator().manual_seed(5)),
     )
+
+
+@pytest.mark.parametrize("dimensions", [8, 1_000_000])
+def test_pfgmpp_losses_tend_to_edm_s(dimensions: int) -> None:
+    """Check (2): with D = 1e6 EDM's loss is reproduced to 1 % at every sigma; with D = 8 it is not."""
+    p, x0 = Preconditioning(), 0.5 * normal(4000, 16, seed=6)
+    weight = normal(16, 16, seed=7) / 4.0
+
+    def losses(path: Path) -> list[float]:
+        noise = path.sample_noise((4000, 16), torch.Generator().manual_seed(8), torch.float64)
+        found = []
+        for sigma in (0.05, 0.5, 3.0, 40.0):
+            skip, out, inp, _ = p.coefficients(sigma)
+            x = x0 + sigma * noise
+            estimate = skip * x + out * torch.tanh(inp * x @ weight)  # F: any network
+            found.append(float(p.loss_weight(sigma) * (estimate - x0).square().mean()))
+        return found
+
+    ratios = [a / b for a, b in zip(losses(PFGMpp(dimensions=dimensions)), losses(EDM()), strict=True)]
+    if dimensions == 8:
+        assert max(abs(r - 1.0) for r in ratios) > 0.1
+    else:
+        assert ratios == pytest.approx([1.0] * 4, rel=0.01)
 
 
 def test_pfgmpp_radius_and_kernel() -> None:

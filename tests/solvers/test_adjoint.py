@@ -127,6 +127,22 @@ def test_memory_does_not_grow_with_steps():
     assert plain_many > 9 * plain_few and plain_few > 3 * few
 
 
+def test_continuous_memory_does_not_grow_with_steps():
+    """D 11, (4): the flow keeps its end state only; backwards there is one call's graph at a time."""
+    net = torch.nn.Linear(2, 2).double()
+    peaks = []
+    for steps in (4, 40):
+        times = log_ratio_times(get_path("vp"), steps, first=1.0, last=-2.0)
+        x = start_points().requires_grad_()
+        with watching() as held:
+            continuous_run(
+                get_path("vp"), times, x, lambda v, n: torch.tanh(net(v)), list(net.parameters())
+            ).sum().backward()
+        peaks.append(held.peak)
+        assert float(x.grad.abs().min()) > 0 and float(net.weight.grad.abs().min()) > 0
+    assert peaks[0] == peaks[1] > 0
+
+
 # The continuous adjoint -------------------------------------------------------------------------------------------
 
 

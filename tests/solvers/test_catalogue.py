@@ -1,6 +1,7 @@
 """Sheet D's "It works when" of sections 1-4, 10 and 13, solver by solver, against formulas written out here."""
 
 import dataclasses
+import inspect
 import math
 from itertools import pairwise
 
@@ -662,13 +663,6 @@ def test_churn_by_hand():
     assert many.steps[0][1].node.sigma == pytest.approx(2.0 * math.sqrt(2.0))  # at most sqrt(2)
 
 
-def test_churn_defaults_are_edm_s_for_imagenet_64():
-    solver = get_solver("edm-churn")
-    assert solver.to_config() == {
-        "name": "edm-churn", "churn": 40.0, "low": 0.05, "high": 50.0, "noise": 1.003, "method": "heun"
-    }  # fmt: skip
-
-
 def test_churn_of_nothing_is_heun():
     path = get_path("edm")
     times = torch.cat([path.time_of_noise_ratio(torch.tensor([80.0, 5.0, 0.4], dtype=torch.float64)), torch.zeros(1)])
@@ -843,6 +837,44 @@ def test_entry_options_are_real():
     assert GAUSS1D.means.item() == 0.3 and gaussian_flow is not None
 
 
-def test_dc_solver_defaults_are_the_published_ones():
-    solver = get_solver("dc-solver")  # arXiv 2409.03755; nothing changes until ratios are given
-    assert (solver.order, solver.degree, solver.ratios) == (3, 2, ())
+# What a bare class name means, written out: a default is part of what users get.
+TAPER = {"lower_order_final": "auto"}
+DEFAULTS = {
+    "multistep": {"order": 2, "form": "sample", "fit": "midpoint", "tau": 0.0, **TAPER},
+    "singlestep": {"order": 2, "form": "sample", "fit": "midpoint", "inner": ()},
+    "grid-singlestep": {"order": 2, "form": "sample", "fit": "midpoint", "tau": 0.0, "lower_order_final": True},
+    "unipc": {"order": 2, "B": "bh2", "form": "sample", "disable_corrector": (), **TAPER},
+    # arXiv 2409.03755; nothing changes until ratios are given.
+    "dc-solver": {
+        "order": 3, "B": "bh2", "form": "sample", "disable_corrector": (), **TAPER, "ratios": (), "degree": 2
+    },
+    "usf": {
+        "order": 2, "form": "sample", "start": 1, "stencils": (), "scale": "none", "kappa": 0.0, "corrector": "none"
+    },
+    "pndm": {"order": 4, "warmup": "plms"},
+    "runge-kutta": {"method": "heun", "form": "velocity", "last": "euler"},
+    "edm-churn": {"churn": 40.0, "low": 0.05, "high": 50.0, "noise": 1.003, "method": "heun"},
+    "ddim": {"eta": 0.0},
+    "ddpm": {"variance": "learned-range"},
+    "sit-sde": {"diffusion": "sigma", "norm": 1.0, "last": "mean"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults(name):
+    config = get_solver(name).to_config()
+    config.pop("name")
+    assert config == DEFAULTS[name]
+
+
+def test_defaults_of_the_adaptive_drivers():
+    """Sheet D, 1.10."""
+
+    def numbers(driver):
+        return {k: p.default for k, p in inspect.signature(driver).parameters.items() if p.default is not p.empty}
+
+    assert numbers(dpm_adaptive) == {
+        "order": 3, "form": "epsilon", "fit": "midpoint", "first": 0.05, "atol": 0.0078, "rtol": 0.05, "safety": 0.9,
+        "max_steps": 10_000,
+    }  # fmt: skip
+    assert numbers(ode_adaptive) == {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5}

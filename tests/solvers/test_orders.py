@@ -2,13 +2,14 @@
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 
 import pytest
 import torch
 
 from analytic import GMM2D, exact_flow, gaussian, gaussian_flow, sample, slope, start_points, times_between
 from pliant.paths import get_path, uniform_times
-from pliant.solvers import SOLVERS, compile_program, get_solver, solver_infos
+from pliant.solvers import SOLVERS, ProgramBuilder, compile_program, get_solver, solver_infos
 from pliant.solvers.exponential import Multistep
 from pliant.solvers.pndm import PNDM
 from pliant.solvers.unipc import UniPC
@@ -262,6 +263,24 @@ def test_from_pure_noise_to_clean_data_and_to_pure_noise(name, path_name):
     times = uniform_times(40).flip(0)
     back = sample(compile_program(path, times, name, "velocity"), target, exact)
     assert float((back - start).abs().max()) < 0.25
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_rf_solver_is_its_published_taylor_step(direction):
+    """Sheet D, 9 (1): `x + D v1 + D^2/2 v'`, v' = (v2 - v1)/(D/2), is the midpoint rule."""
+    times = uniform_times(6, 0.95, 0.05)
+    times = times if direction == 1 else times.flip(0)
+    program = compile_program(get_path("linear"), times, "rf-solver", "velocity")
+    nodes = ProgramBuilder(get_path("linear"), times.tolist(), "velocity")
+    x = START
+    for s, t in pairwise(nodes.nodes):
+        step = t.t - s.t
+        v1 = GMM2D.predict("velocity", x, s)
+        v2 = GMM2D.predict("velocity", x + 0.5 * step * v1, nodes.node(s.t + 0.5 * step))
+        x = x + step * v1 + 0.5 * step**2 * (v2 - v1) / (0.5 * step)
+    torch.testing.assert_close(sample(program, GMM2D, START), x, rtol=1e-12, atol=1e-12)
+    midpoint = compile_program(get_path("linear"), times, "midpoint", "velocity")
+    assert midpoint.steps == program.steps
 
 
 def test_rf_solver_reconstructs_better_than_euler():

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from analytic import GMM2D, gaussian, noise_of, sample, start_points
+from analytic import GMM2D, gaussian, noise_of, sample, start_points, times_between
 from pliant.errors import FormatError, PlanError, ShapeError
 from pliant.paths import get_path, respaced_times, uniform_times
 from pliant.solvers import (
@@ -229,6 +229,17 @@ def test_programs_that_cannot_run_are_refused():
         hand_made(ok, final=9)
     with pytest.raises(PlanError, match="labels"):
         hand_made(ok, labels=())
+
+
+@pytest.mark.parametrize("solver", ["unipc-3", "rk4", "f-pndm", "edm-churn"])
+def test_registers_and_slots_are_numbered_without_gaps(solver):
+    """States from 1 (0 is the start), outputs and noise slots from 0, in the order they are made."""
+    program = compile_program(get_path("vp"), times_between(get_path("vp"), 6, -3.0, 3.0), solver, "epsilon")
+    ops = list(program.instructions())
+    states = [op.out for op in ops if isinstance(op, Lin)]
+    assert states == list(range(1, len(states) + 1))
+    assert [e.out for e in program.evaluations] == list(range(program.num_evaluations))
+    assert program.noise_slots == tuple(range(len(program.noise_slots)))
 
 
 def test_a_step_may_reuse_an_old_output():

@@ -199,6 +199,21 @@ def test_monte_carlo_reproduces_gauss1d():
     assert float(got.std()) == pytest.approx(math.sqrt(propagated_variance(program, 0.7)), abs=0.012)
 
 
+def test_monte_carlo_of_the_sheet():
+    """Sheet D, 1, DPM-Solver (4): tau = 1, log-SNR -5..5, 40 000 samples; 20 first-order steps fail."""
+    path = get_path("vp")
+
+    def moments(order, steps):
+        program = compile_program(path, times_between(path, steps, -5.0, 5.0), Multistep(order, tau=1.0), "epsilon")
+        x = start_points(40_000, 1, seed=3)
+        got = sample(program, GAUSS1D, x, noise_of(x.shape, seed=4))
+        return float(got.mean()), float(got.std())
+
+    mean, std = moments(2, 200)
+    assert mean == pytest.approx(0.30, abs=0.015) and std == pytest.approx(0.70, abs=0.015)
+    assert moments(1, 20)[1] == pytest.approx(0.56, abs=0.015)  # and so not 0.70
+
+
 def test_noise_is_refused_on_the_way_to_noise():
     for solver in ({"name": "ddim", "eta": 0.5}, {"name": "ddpm", "variance": "beta"}, "sit-sde"):
         with pytest.raises(PlanError, match="inversion"):
