@@ -169,11 +169,6 @@ class _Prepared:
                 column(v, like, f) for v in moderated_rows(model.prediction, at, guidance.delta)
             )
             to_sample = conversion(model.prediction, "sample", at)
-            if not all(bool(torch.isfinite(v).all()) for v in to_sample):
-                raise ConfigError(
-                    f"one-time guidance needs a clean image from the first level, but {model.prediction} predictions "
-                    f"hold none at t={held[0].node.t:g}; start below t=1"
-                )
             self.sample_state, self.sample_output = (column(v, like, f) for v in to_sample)
         self.calls = RowCalls(model, batch.lowered, times, labels, computes)
         on_state, on_reference = (v[list(levels)] for v in batch._virtual)
