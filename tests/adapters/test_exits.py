@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import pliant
-from pliant import Compute, Denoiser, DiT, attach_exits, flexify
+from pliant import Compute, Denoiser, DiT, Guidance, attach_exits, flexify
 from pliant.adapters import ExitDiT, ExitSpec
 from pliant.compute import counted_flops
-from pliant.errors import ConfigError, FormatError
+from pliant.errors import ConfigError, FormatError, PlanError
 from pliant.formats import native
 from pliant.models.layers import Block
 from pliant.plans.engine import converted
@@ -198,6 +198,29 @@ def test_a_plan_may_leave_early_in_some_steps() -> None:
         expected = expected + (b - a) * v
     assert torch.allclose(pliant.sample(denoiser, mixed, [1], [0], x=x), expected, atol=1e-4)
     assert mixed.cost(denoiser).flops == 2 * denoiser.flops() + 2 * denoiser.flops(Compute(exit=2))
+
+
+def test_an_exit_as_the_weak_model_of_guidance() -> None:
+    """Autoguidance: the conditional prediction is pushed away from what an early exit says of the same label."""
+    denoiser = with_exits()
+    weak = Guidance(2.0, against="weak", compute=Compute(exit=2, precision="fp32"))
+    plan = pliant.Plan.uniform(denoiser, 1, "euler", Compute(precision="fp32"), guidance=weak, times=[1.0, 0.5])
+    x = batch(exits_of(denoiser).plain)[0][:1]
+    label = torch.tensor([1])
+    full, early = denoiser(x, 1.0, label).value, denoiser(x, 1.0, label, Compute(exit=2)).value
+    expected = x - 0.5 * (early + 2.0 * (full - early))
+    assert torch.allclose(pliant.sample(denoiser, plan, [1], [0], x=x), expected, atol=1e-4)
+
+
+def test_plans_are_checked_for_their_exits() -> None:
+    denoiser = with_exits()
+    with pytest.raises(PlanError, match=r"step 0 .*not after 4"):
+        pliant.Plan.uniform(denoiser, 2, "euler", Compute(exit=4))
+    with pytest.raises(PlanError, match=r"step 0 .*no exit after 2"):
+        pliant.Plan.uniform(tiny_denoiser(depth=LAYERS), 2, "euler", Compute(exit=2))
+    deeper = Guidance(2.0, against="weak", compute=Compute(exit=3))
+    with pytest.raises(PlanError, match="runs deeper than the conditional call, which leaves after 2 blocks"):
+        pliant.Plan.uniform(denoiser, 2, "euler", Compute(exit=2), guidance=deeper)
 
 
 def test_exits_on_a_flexible_model() -> None:

@@ -39,7 +39,7 @@ def test_the_loss_is_the_sum_of_the_gaps() -> None:
     result = objective(denoiser, batch(), Draws.single(6))
     draws = Draws.single(6)
     t = draws.each(get_time_density("uniform").sample)
-    x = denoiser.path.mix(batch().images, draws.normal((2, 8, 8)), t)
+    x = denoiser.path.mix(batch().images, draws.noise(denoiser.path, (2, 8, 8)), t)
     full = denoiser(x, t, batch().labels).value
     gaps = [(denoiser(x, t, batch().labels, Compute(exit=e)).value - full).square().mean() for e in (1, 2)]
     assert result.loss.item() == pytest.approx(gaps[0].item() + gaps[1].item(), rel=1e-4)

@@ -228,19 +228,24 @@ class Plan:
 
 def check_step(step: Step, model: Denoiser) -> None:
     """Raise a PliantError unless the model can run this step's calls."""
-    patch = model.patch_of(step.compute)
+    patch, leave = model.patch_of(step.compute), model.exit_of(step.compute)
     if step.guidance is None:
         return
     reference = step.guidance.compute or step.compute
-    coarser = model.patch_of(reference)
+    coarser, earlier = model.patch_of(reference), model.exit_of(reference)
     if coarser[0] * coarser[1] < patch[0] * patch[1]:
         raise PlanError(
             f"the guidance call uses patch {coarser}, finer than the conditional call's {patch}; "
             f"guidance compares with an equal or weaker call"
         )
+    if leave is not None and (earlier is None or earlier > leave):
+        raise PlanError(
+            f"the guidance call runs deeper than the conditional call, which leaves after {leave} blocks; "
+            f"guidance compares with an equal or weaker call"
+        )
     if step.guidance.against == "null":
         _ = model.null_label
-    elif coarser == patch:
+    elif (coarser, earlier) == (patch, leave):
         raise PlanError("weak-model guidance with the same patch size as the conditional call guides nowhere")
     channels = step.guidance.channels
     if channels is not None and channels > model.config.in_channels:

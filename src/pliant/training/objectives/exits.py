@@ -42,7 +42,7 @@ class ExitDistillation:
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Loss:
         t = self._times(denoiser, draws)
-        noise = draws.normal(batch.images.shape[1:])
+        noise = draws.noise(denoiser.path, batch.images.shape[1:])
         labels = drop_labels(batch, denoiser, self.class_dropout, draws)
         x = denoiser.path.mix(batch.images, noise, t)
         teacher, exits = denoiser.exit_predictions(x, t, labels)
