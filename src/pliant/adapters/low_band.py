@@ -143,9 +143,9 @@ class LowBand:
     missing: Missing = "hold"
     spectrum: Spectrum | None = None
     """The data's power, which "wiener" needs."""
-    positions: PositionRule = "center"
-    """Where the network believes its coarse tokens are. "center": spread over the same field of view; "own": on a small
-    grid of their own, 0, 1, 2, ... What is closer depends on what the network saw: measure (docs/scale.md)."""
+    positions: PositionRule = "own"
+    """Where the network believes its coarse tokens are. "own": on a small grid of their own, 0, 1, 2, ...; "center":
+    spread over the same field of view. Which is closer depends on what the network saw: measure (docs/scale.md)."""
 
     def __post_init__(self) -> None:
         check_band(self.band)

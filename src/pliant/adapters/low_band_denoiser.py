@@ -80,7 +80,7 @@ def low_band(
     band: Band = "haar",
     missing: Missing = "hold",
     spectrum: Spectrum | None = None,
-    positions: PositionRule = "center",
+    positions: PositionRule = "own",
 ) -> LowBandDenoiser:
     """A training-free weak mode of a denoiser: `low_band(model)(x, t, labels)`. Options: the fields of `LowBand`.
 
