@@ -106,6 +106,17 @@ def test_weak_steps_are_speed_on_the_aligned_grid(switch: int, band: Band, size:
     assert (x - torch.from_numpy(expected)).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("band", BANDS)
+def test_levels_compose(band: Band) -> None:
+    """Two levels of ratio 2 are one of ratio 4, so SPEED with several scales needs nothing new."""
+    smallest, x = random_field((2, 2), seed=1), noise(3, 1, 8, 8)
+    for value in (0.3, 0.8, 1.0):
+        t = torch.tensor(value, dtype=torch.float64)
+        once = lifted(x, t, smallest, (2, 2), band)
+        twice = lifted(x, t, lambda y, tau: lifted(y, tau, smallest, (2, 2), band), (4, 4), band)
+        close(once, twice, 1e-12)
+
+
 @pytest.mark.parametrize(("band", "size"), CASES)
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 def test_expansion_gives_a_state_of_the_path(path: Path, band: Band, size: Size) -> None:
@@ -463,6 +474,20 @@ def test_a_fresh_weak_patch_is_this_mode() -> None:
         torch.testing.assert_close(low_band(base, 2, **options)(x, t, y).value, expected, rtol=0, atol=1e-6)
     # And a flexible model's low band is its base's.
     close(low_band(flexible, 2)(x, t, y).value, low_band(base, 2)(x, t, y).value, 1e-12)
+
+
+@pytest.mark.parametrize("patch", [(4, 4), (2, 4)])
+def test_pyramidal_patchification_starts_as_average_and_repeat(patch: Size) -> None:
+    """Sheet H, 2 (1), PPFlow: the bare coarse network is `repeat(model(average(x)))`, told t and not tau."""
+    base = tiny_denoiser()
+    base.network.double()
+    network = flexify(base, [patch], rank=2, position="own").network
+    ratio = (patch[0] / 2, patch[1] / 2)
+    small = coarse_network(base.network, LowBand(ratio))
+    x, t, y = noise(2, 2, 8, 8), torch.tensor([300.0, 800.0]), torch.tensor([0, 1])
+    size = small.config.input_size
+    expected = up(small(down(x, size, "haar"), t, y), (8, 8), "haar")
+    close(network(x, t, y, patch), expected, 1e-10)
 
 
 @pytest.mark.parametrize("band", BANDS)

@@ -231,7 +231,7 @@ def coarse_network(dit: DiT, low: LowBand) -> DiT:
     # Each coarse token covers full/coarse tokens of the trained grid.
     sides = zip(config.grid(), dit.config.grid(), strict=True)
     rows, columns = (axis_coordinates(few, many, few, low.positions) for few, many in sides)
-    small.positions = sincos_grid(rows, columns, config.width).to(dit.positions)
+    small.positions = sincos_grid(rows, columns, config.width).float().to(dit.positions)  # rounded as all tables are
     return small.train(dit.training)
 
 
