@@ -11,7 +11,7 @@ import pytest
 
 from support.cli import Run, refused
 
-VERBS = ("demo", "info", "convert", "flexify", "train", "plan", "sample", "eval")
+VERBS = ("demo", "info", "convert", "flexify", "train", "plan", "sample", "stream", "eval")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -278,6 +278,10 @@ def test_other_bad_input_is_refused() -> None:
             even_levels(strength, 4)
     with pytest.raises(PlanError, match="carries guidance"):
         Stream(model, Plan.uniform(model, 2, "ddim", guidance=2.0))
+    plan = levels_plan(model, LEVELS)
+    skipping = plan.with_steps([*plan.steps[:-1], replace(plan.steps[-1], compute=Compute(sites="R2K2"))])
+    with pytest.raises(PlanError, match="step 3 skips, keeps or reuses"):
+        Stream(model, skipping)
     with pytest.raises(ConfigError, match="class 9 does not exist"):
         Stream(model, LEVELS, 9)
     with pytest.raises(ConfigError, match="no unconditional mode"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,7 +45,7 @@ def test_the_recursion_is_the_closed_form(path: str, scale: float, delta: float,
         reference = (x - points[0].sigma * s) / points[0].alpha
     else:
         s, reference = noises[0], frame
-    for k, (here, there) in enumerate(zip(points, points[1:], strict=False)):
+    for k, (here, there) in enumerate(pairwise(points)):
         torch.testing.assert_close(s, virtual_noise(x, reference, here.alpha, here.sigma), rtol=0, atol=1e-10)
         eps = guided_noise(torch.sin(x) + 0.1 * k, s, scale, delta)
         clean = (x - here.sigma * eps) / here.alpha

@@ -110,6 +110,7 @@ def _animation(file: Path, shape: tuple[int, int, int]) -> Clip:
             for k in range(int(getattr(picture, "n_frames", 1))):
                 with suppress(Exception):  # a damaged frame is named when it is read
                     picture.seek(k)
+                    picture.load()  # WebP knows durations only then
                 durations.append(float(picture.info.get("duration") or 0.0))
     except Exception:
         raise DataError(

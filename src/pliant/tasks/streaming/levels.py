@@ -100,6 +100,11 @@ def levels_of(plan: Plan, model: Denoiser) -> tuple[Level, ...]:
     for i, step in enumerate(plan.steps):
         if step.guidance is not None:
             raise PlanError(f"step {i} carries guidance; a stream has its own: take it out of the plan")
+        if not step.compute.plain:
+            raise PlanError(
+                f"step {i} skips, keeps or reuses parts of the network ({step.compute.describe()}); the steps of a "
+                f"stream belong to different frames, so each is a whole call: choose patch, exit and precision only"
+            )
     program = plan.program(model)
     found: list[Level] = []
     state = 0
