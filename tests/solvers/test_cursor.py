@@ -51,7 +51,15 @@ def test_noise_before_the_first_call_becomes_a_wider_start():
 
 def test_only_what_follows_the_first_call_is_run():
     pieces = cut(churned())
-    assert len(pieces) == 1 and isinstance(pieces[0].updates[0][0], Lin)
+    assert len(pieces) == 1 and isinstance(pieces[0].updates[0].lin, Lin)
     x = torch.ones(1, 2)
     out = Cursor(pieces).feed(x, Output(x), noise_of((1, 2)))
     torch.testing.assert_close(out, 0.5 * x)
+
+
+def test_cuts_know_the_noise_of_each_update():
+    program = compile_program(PATH, [1.0, 0.6, 0.2], "euler-ancestral", "epsilon")
+    for piece in cut(program):
+        for update in piece.updates:
+            assert update.slots == tuple(i for kind, i in update.lin.reads() if kind == "z")
+    assert any(update.slots for piece in cut(program) for update in piece.updates)

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from pliant.errors import ConfigError, PlanError, suggest
 from pliant.integrations.diffusers_grids import PREDICTIONS, flow_times, path_of_config, table_end, table_times
-from pliant.paths import AlphaSigma, NetworkTime, Path, PredictionType, conversion
+from pliant.paths import NetworkTime, Path, PredictionType
 from pliant.solvers import Eval, Output, Program, Solver, compile_program, get_solver
 from pliant.solvers.cursor import Cursor, cut, spread_at_first_evaluation
-from pliant.solvers.interpreter import sample_coefficients
+from pliant.solvers.interpreter import combine, sample_coefficients
 
+_SAME = 1e-3  # how far apart timesteps may be that mean the same
 _VARIANCES = {"fixed_small": "posterior", "fixed_large": "beta", "learned_range": "learned-range"}
 
 
@@ -113,6 +114,7 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._cursor: Cursor | None = None
         self._times: list[float] = []
+        self._first = 0.0
         whole = torch.arange(num_train_timesteps, 0, -1) / num_train_timesteps
         self.timesteps = self._encoded(whole.tolist())
 
@@ -202,6 +204,7 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
         self._cuts = cut(self.program)
         evaluations = self.program.evaluations
         self.timesteps = self._encoded([e.node.t for e in evaluations]).to(device)
+        self._first = float(self.timesteps[0])
         levels = [e.node.sigma if self._flow else _ratio(e) for e in evaluations]
         final = self.program.end
         levels.append(final.sigma if self._flow else final.sigma / final.alpha)
@@ -253,7 +256,9 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
             drawn: Tensor = randn_tensor(sample.shape, generator, device=sample.device, dtype=model_output.dtype)
             return drawn
 
-        state = self._cursor.feed(sample, output, noise).to(model_output.dtype)
+        state = self._cursor.feed(sample, output, noise)
+        if state.dtype != model_output.dtype:
+            state = state.to(model_output.dtype)
         self._step_index += 1
         if self._cursor.evaluation is None:
             self._cursor = None  # the next call begins a new run on the same grid
@@ -286,9 +291,11 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
         """Start a run at the begin index, or at the first call at this timestep that can begin one."""
         if self._begin_index is not None:
             places = [self._begin_index]
+        elif abs(float(timestep) - self._first) < _SAME:
+            places = [0]
         else:
             gap = (self.timesteps.double().cpu() - float(timestep)).abs()
-            places = torch.nonzero(gap < 1e-3).flatten().tolist()
+            places = torch.nonzero(gap < _SAME).flatten().tolist()
         program, place = next(((p, k) for k in places if (p := self._from(k))), (None, 0))
         if program is None:
             raise PlanError(f"timestep {float(timestep):g} does not begin a step of this schedule")
@@ -312,9 +319,7 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
         """The output as the program stores it: as it is, or a clipped x0 estimate."""
         if not self._clips:
             return value
-        n = evaluation.node
-        numbers = (torch.tensor(v, dtype=torch.float64) for v in (n.alpha, n.sigma, n.dalpha, n.dsigma))
-        p, q = (float(v) for v in conversion(PREDICTIONS[self.config.prediction_type], "sample", AlphaSigma(*numbers)))
+        p, q = sample_coefficients(PREDICTIONS[self.config.prediction_type], evaluation.node)
         clean = x.float() * p + value.float() * q
         if not self.config.thresholding:
             return clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
@@ -328,7 +333,7 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
             p, q = sample_coefficients(self.program.stored, evaluation.node)
         except PlanError:
             return None
-        return (x * p + value * q).to(x.dtype)
+        return combine([(p, x), (q, value)], x).to(x.dtype)
 
 
 def _ratio(evaluation: Eval) -> float:

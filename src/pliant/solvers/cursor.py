@@ -17,26 +17,37 @@ from pliant.errors import PlanError
 from pliant.solvers.interpreter import NetworkOutput, Noise, _checked, _lin
 from pliant.solvers.program import Eval, Lin, Program, Register
 
+_WIDE = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One linear update, the noise slots it reads and the registers dead after it."""
+
+    lin: Lin
+    slots: tuple[int, ...]
+    dead: tuple[Register, ...]
+
 
 @dataclass(frozen=True)
 class Cut:
-    """One evaluation and the updates between it and the next: (instruction, registers dead after it)."""
+    """One evaluation, the registers dead after it, and the updates between it and the next."""
 
     evaluation: Eval
     dead: tuple[Register, ...]
-    updates: tuple[tuple[Lin, tuple[Register, ...]], ...]
+    updates: tuple[Update, ...]
     returns: int
     """The state register the next evaluation sees, or the sample."""
 
 
 def cut(program: Program) -> tuple[Cut, ...]:
     """The program as a list of cuts. Raises PlanError unless the first evaluation sees the start state."""
-    pieces: list[tuple[Eval, tuple[Register, ...], list[tuple[Lin, tuple[Register, ...]]]]] = []
+    pieces: list[tuple[Eval, tuple[Register, ...], list[Update]]] = []
     for op, dead in zip(program.instructions(), program.last_uses(), strict=True):
         if isinstance(op, Eval):
             pieces.append((op, dead, []))
         elif pieces:
-            pieces[-1][2].append((op, dead))
+            pieces[-1][2].append(Update(op, tuple(slot for kind, slot in op.reads() if kind == "z"), dead))
     if not pieces:
         raise PlanError("this program never calls the network, so there is nothing to step through")
     following = [e.state for e, _, _ in pieces[1:]] + [program.final]
@@ -96,7 +107,8 @@ class Cursor:
             raise PlanError("this run is complete; start a new one")
         piece, registers = self._cuts[self._place], self._registers
         op = piece.evaluation
-        state = state.to(torch.promote_types(state.dtype, torch.float32))
+        if state.dtype not in _WIDE:
+            state = state.float()
         registers["x", op.state] = state
         registers["m", op.out] = _checked(output.value, state, "the network's output")
         if op.out in self._variance:
@@ -104,12 +116,12 @@ class Cursor:
                 raise PlanError(f"step {op.step} uses a learned variance, but the network returned none")
             registers["u", op.out] = _checked(output.variance, state, "the network's variance")
         _free(registers, piece.dead)
-        for lin, dead in piece.updates:
-            for kind, slot in lin.reads():
-                if kind == "z" and ("z", slot) not in registers:
+        for update in piece.updates:
+            for slot in update.slots:
+                if ("z", slot) not in registers:
                     registers["z", slot] = _checked(noise(slot), state, f"noise {slot}")
-            registers["x", lin.out] = _lin(lin, registers, state, None)
-            _free(registers, dead)
+            registers["x", update.lin.out] = _lin(update.lin, registers, state, None)
+            _free(registers, update.dead)
         self._place += 1
         return registers["x", piece.returns]  # alive: the next call reads it, and the sample never dies
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol, TypeAlias
 
 import torch
@@ -78,6 +78,7 @@ class _Estimate:
         return combine([(p, self.state), (q, self.value)], self.state)
 
 
+@lru_cache(maxsize=4096)
 def sample_coefficients(stored: PredictionType, node: Node) -> tuple[float, float]:
     """(p, q) with `x0 = p*x + q*output` at this node. Raises PlanError where they do not exist."""
     values = (torch.tensor(v, dtype=torch.float64) for v in (node.alpha, node.sigma, node.dalpha, node.dsigma))
@@ -177,4 +178,4 @@ def _checked(value: Tensor, like: Tensor, what: str) -> Tensor:
     """`value` in the dtype of the state, or ShapeError: a silent broadcast would be a wrong sample."""
     if value.shape != like.shape:
         raise ShapeError(f"{what} has shape {tuple(value.shape)}, expected that of the state, {tuple(like.shape)}")
-    return value.to(like.dtype)
+    return value if value.dtype == like.dtype else value.to(like.dtype)
