@@ -21,10 +21,11 @@ from torch import Tensor
 
 import pliant
 from pliant import Compute, Denoiser
-from pliant.adapters.low_band_denoiser import LowBandDenoiser, low_band
+from pliant.adapters.low_band_denoiser import LowBandDenoiser, low_band, plain_network
 from pliant.evaluation import digits, evaluate, from_uint8, get_extractor, images_from_parquet, load_reference
 from pliant.evaluation.spectrum import coarse_steps, coefficient_power, fit_power_law, measure, radial, switch_times
 from pliant.files import write_json
+from pliant.models.sparse_span import pooled_span
 from pliant.paths import uniform_times
 from pliant.plans.noise import start_state
 from pliant.solvers import Eval, Output, compile_program, run
@@ -43,6 +44,25 @@ def gaps(model: Denoiser, weak: Velocity, images: Tensor, labels: Tensor) -> dic
         pairs = {"gap": (full, found), "error": (found, target), "full error": (full, target)}
         out[f"{t:g}"] = {name: float((a - b).square().mean()) for name, (a, b) in pairs.items()}
     return out
+
+
+def pooled_velocity(model: Denoiser, first: int, last: int, many: tuple[int, int]) -> Velocity:
+    """Velocity with blocks first..last-1 on averaged tokens (`pooled_span`)."""
+    dit, few = plain_network(model), (many[0] // 2, many[1] // 2)
+
+    def velocity(x: Tensor, t: float, y: Tensor) -> Tensor:
+        rows = dit.modulations(model.encode(torch.full((len(x),), t, dtype=torch.float64)).float(), y)
+
+        def part(start: int, stop: int, tokens: Tensor) -> Tensor:
+            for i in range(start, stop):
+                tokens = dit.blocks[i](tokens, rows[:, 6 * i : 6 * i + 6])
+            return tokens
+
+        tokens = pooled_span(lambda v: part(first, last, v), part(0, first, dit.embed(x)), many, few)
+        value, _ = model.split(dit.read(part(last, len(dit.blocks), tokens), rows))
+        return model.path.convert(value, x, t, model.prediction, "velocity")
+
+    return velocity
 
 
 def sampler(model: Denoiser, weak: Velocity, steps: int, k: int, solver: str) -> Callable[[Tensor, list[int]], Tensor]:
@@ -116,6 +136,10 @@ def main() -> None:
             lambda x, t, y, c=compute: model(x, t, y, c).to("velocity"),
             model.flops(compute) / model.flops(),
         )
+    rows_of, depth = model.config.grid(), model.config.depth
+    for first, last in ((0, depth), (1, depth - 1), (1, depth // 2), (depth // 2, depth - 1)):
+        spans = f"blocks {first + 1}-{last} on a quarter of the tokens"
+        out["gaps"].setdefault(spans, gaps(model, pooled_velocity(model, first, last, rows_of), images, labels))
     for name, (velocity, _) in weak.items():
         out["gaps"].setdefault(name, gaps(model, velocity, images, labels))
     write_json(output, out)

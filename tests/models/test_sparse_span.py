@@ -20,6 +20,7 @@ from pliant.models.sparse_span import (
     SparseLayout,
     block_roles,
     pooled,
+    pooled_span,
     regridded,
     sparse_block_macs,
 )
@@ -125,6 +126,28 @@ def test_grids() -> None:
     back = regridded(pooled(tokens, (4, 6), (2, 3)), (2, 3), (4, 6))
     assert back[0, :6, 0].tolist() == back[0, 6:12, 0].tolist() == [3.5, 3.5, 5.5, 5.5, 7.5, 7.5]
     torch.testing.assert_close(pooled(tokens, (4, 6), (4, 6)), tokens)
+
+
+def test_a_span_on_fewer_tokens() -> None:
+    """Full grid: the blocks themselves, bit for bit. Otherwise the mean is theirs and the detail stays."""
+    dit = tiny_dit(2)
+    tokens, m = torch.randn(3, 16, 32), torch.randn(3, 6, 32)
+
+    def blocks(x: torch.Tensor) -> torch.Tensor:
+        for block in dit.blocks:
+            x = block(x, m)
+        return x
+
+    assert torch.equal(pooled_span(blocks, tokens, (4, 4), (4, 4)), blocks(tokens))
+    out = pooled_span(blocks, tokens, (4, 4), (2, 2))
+    means = pooled(tokens, (4, 4), (2, 2))
+    torch.testing.assert_close(pooled(out, (4, 4), (2, 2)), blocks(means), rtol=1e-4, atol=1e-4)
+    detail = tokens - regridded(means, (2, 2), (4, 4))
+    after = out - regridded(pooled(out, (4, 4), (2, 2)), (2, 2), (4, 4))
+    torch.testing.assert_close(after, detail, rtol=1e-4, atol=1e-4)
+    # Tokens that are equal within every coarse one lose nothing: attention over copies is attention over one of each.
+    even = regridded(means, (2, 2), (4, 4))
+    torch.testing.assert_close(pooled_span(blocks, even, (4, 4), (2, 2)), blocks(even), rtol=1e-4, atol=1e-4)
 
 
 def test_layouts_are_checked() -> None:

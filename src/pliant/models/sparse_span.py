@@ -9,11 +9,14 @@ From the bottom: pooling blocks, whose attention is uniform; groups of
 
 and dense blocks. Every block has the parameters of a DiT's `Block`, so the pre-trained weights load by name; pooling
 blocks use the value rows of qkv only. It must be fine-tuned (the paper: 1 M steps) before it is worth sampling from.
+
+`pooled_span` is the form without new weights, for any blocks of any network: a coarser patch in the middle of the depth.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -154,6 +157,20 @@ class SparseDiT(nn.Module):
             else:
                 tokens = block(tokens, modulation)
         return tokens
+
+
+def pooled_span(
+    blocks: Callable[[Tensor], Tensor], tokens: Tensor, many: tuple[int, int], few: tuple[int, int]
+) -> Tensor:
+    """Blocks run on averaged tokens, and what they change is repeated: `y + up(blocks(x) - x)`, x = averaged y.
+
+    tokens: (B, N, D) on the grid `many`; blocks: (B, n, D) -> (B, n, D) on `few`. Detail within a coarse token passes
+    by untouched, as the missing band does in weak steps. With few == many it is `blocks(tokens)` itself.
+    """
+    if few == many:
+        return blocks(tokens)
+    x = pooled(tokens, many, few)
+    return tokens + regridded(blocks(x) - x, few, many)
 
 
 def block_roles(layout: SparseLayout) -> list[str]:
