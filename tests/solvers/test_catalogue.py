@@ -806,6 +806,8 @@ def test_infos_and_options():
         ({"name": "dpm-3m", "fit": "diffusers-sde3"}, "one scheduler"),
         ({"name": "dpmpp-2s", "order": 4}, "orders 1 to 3"),
         ({"name": "dpmpp-2s", "inner": [1.2]}, "inner nodes"),
+        ({"name": "dpmpp-2s", "inner": [1.0]}, "inner nodes"),
+        ({"name": "dpmpp-2s", "inner": [0.0]}, "inner nodes"),
         ({"name": "dpmpp-3s", "inner": [0.6, 0.3]}, "ascending"),
         ({"name": "dpmpp-2s", "form": "velocity"}, "sample"),
         ({"name": "dpmpp-2s", "fit": "published3"}, "midpoint"),
@@ -826,6 +828,11 @@ def test_infos_and_options():
 def test_bad_options_are_explained(spec, match):
     with pytest.raises(PlanError, match=match):
         get_solver(spec)
+
+
+def test_inner_nodes_may_lie_near_the_ends():
+    for share in (1e-4, 1.0 - 1e-4):
+        assert get_solver({"name": "dpmpp-2s", "inner": [share]}).inner == (share,)
 
 
 def test_entry_options_are_real():

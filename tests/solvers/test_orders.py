@@ -86,8 +86,10 @@ def test_order_from_a_cold_start(name):
     solver = untapered(name)
     if solver.convergence == 5:
         pytest.skip("has no warm-up: the test above starts cold")
-    found = errors(path_of(solver), solver, counts=(192, 384), first=-1.0, last=1.0)
-    assert slope(found) == pytest.approx(order_from_a_cold_start(solver), abs=TOLERANCE)
+    expected = order_from_a_cold_start(solver)
+    counts = (96, 192) if expected == 4 else (192, 384)  # beyond, fourth order is down at the reference's rounding
+    found = errors(path_of(solver), solver, counts=counts, first=-1.0, last=1.0)
+    assert slope(found) == pytest.approx(expected, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["dpmpp-2m", "dpmpp-3m", "unipc-2", "heun", "rk4", "plms", "heun-edm", "dpm-3s"])
