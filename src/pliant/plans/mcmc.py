@@ -81,8 +81,8 @@ class DenoisingMCMC:
     rule: "sample" draws the level (a valid Gibbs step); "argmax" takes the likeliest, as the published code does.
     output: which state of a round is denoised, the "least-noisy" one as published or the "last" one. The published
     choices are biased (`biased`), whatever the network: argmax loses detailed balance, and picking the state of a round
-    by its noise level prefers regions where the level falls easily. On a three-component mixture the latter moves 6 % of
-    the mass between components, beyond the 3 % that sheet D, 12 (2) allows; "last" stays at about 1 %. Its price:
+    by its noise level prefers regions where the level falls easily. On a three-component mixture the latter moves 6 %
+    of the mass between components, beyond the 3 % that sheet D, 12 (2) allows; "last" stays at about 1 %. Its price:
     outputs start at 0.24 of the largest level on average instead of 0.07, and take 18.5 calls instead of 15.6.
     """
 
