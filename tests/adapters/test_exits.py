@@ -17,7 +17,7 @@ from pliant.compute import counted_flops
 from pliant.errors import ConfigError, FormatError, PlanError
 from pliant.formats import native
 from pliant.models.layers import Block
-from pliant.plans.engine import converted
+from pliant.models.precision import converted
 from support.networks import batch, randomize, tiny_denoiser
 
 LAYERS = 5

@@ -133,16 +133,13 @@ def with_precision(plan: Plan, precision: str) -> Plan:
     return plan.with_steps(steps)
 
 
-def own_precision(model: Denoiser) -> str | None:
-    """What calls that leave the precision open run in on this machine; None if it has no name in plans."""
-    import torch
-
+def own_precision(model: Denoiser) -> str:
+    """What calls that leave the precision open run in on this machine."""
     from pliant.models import DiT
-    from pliant.plans.engine import resolve_precision
+    from pliant.models.precision import resolve_precision
 
     core = model.core
-    network = core if isinstance(core, DiT) else core.base
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(resolve_precision(None, network))
+    return resolve_precision(None, core if isinstance(core, DiT) else core.base)
 
 
 def cost_facts(plan: Plan, model: Denoiser) -> dict[str, Any]:

@@ -46,14 +46,19 @@ def resolve_precision(key: str | None, network: DiT) -> str:
     that is not registered.
     """
     if key is not None:
-        if key not in VARIANTS:
-            raise ConfigError(f"unknown precision {key!r}; {suggest(str(key), VARIANTS)}")
+        check_precision(key)
         return key
     weight = network.head.weight
     fast = weight.device.type == "cpu" and network.config.width >= 64 and cpu_multiplies_bf16_faster()
     if weight.device.type == "cuda" or fast:
         return "bf16"
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(weight.dtype, "own")
+
+
+def check_precision(key: str | None) -> None:
+    """Raise ConfigError, with the nearest name, unless calls can ask for this precision."""
+    if key is not None and key not in VARIANTS:
+        raise ConfigError(f"unknown precision {key!r}; {suggest(str(key), VARIANTS)}")
 
 
 def variant(network: DiT, key: str) -> DiT:

@@ -25,6 +25,8 @@ class PlanCost:
     calls: int
     """Network calls, guidance included."""
     step_flops: tuple[int, ...]
+    least_flops: int
+    """If every gate that may reuse does, after its first call; equal to `flops` in a plan without gates."""
 
     @property
     def share(self) -> float:
@@ -33,11 +35,12 @@ class PlanCost:
 
 
 def call_flops(
-    model: Denoiser, compute: Compute, guidance: Guidance | None, convention: Convention = MATMUL
+    model: Denoiser, compute: Compute, guidance: Guidance | None, convention: Convention = MATMUL, hit: bool = False
 ) -> int:
-    """FLOPs of one evaluation: the conditional call and, if guided, its reference call."""
-    total = model.flops(compute, convention)
-    return total if guidance is None else total + model.flops(guidance.compute or compute, convention)
+    """FLOPs of one evaluation: the conditional call and, if guided, its reference call. hit: if their gates reuse."""
+    flops = model.least_flops if hit else model.flops
+    total = flops(compute, convention)
+    return total if guidance is None else total + flops(guidance.compute or compute, convention)
 
 
 def evaluations_per_step(plan: Plan, model: Denoiser) -> list[int]:
@@ -56,5 +59,14 @@ def plan_cost(plan: Plan, model: Denoiser, convention: Convention = MATMUL) -> P
     step_flops = tuple(
         n * call_flops(model, s.compute, s.guidance, convention) for n, s in zip(counts, plan.steps, strict=True)
     )
+    seen: set[Compute] = set()
+    saved = 0
+    for n, s in zip(counts, plan.steps, strict=True):
+        if s.compute.gate is not None:
+            most = call_flops(model, s.compute, s.guidance, convention)
+            least = call_flops(model, s.compute, s.guidance, convention, hit=True)
+            saved += (n - (s.compute not in seen)) * (most - least)
+            seen.add(s.compute)
     calls = [n * (1 if s.guidance is None else 2) for n, s in zip(counts, plan.steps, strict=True)]
-    return PlanCost(sum(step_flops), sum(calls) * full, sum(counts), sum(calls), step_flops)
+    total = sum(step_flops)
+    return PlanCost(total, sum(calls) * full, sum(counts), sum(calls), step_flops, total - saved)

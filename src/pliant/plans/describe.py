@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from pliant.compute import Compute
 from pliant.denoiser import Denoiser
 from pliant.guidance import Guidance
 from pliant.models.patches import patch_name
@@ -23,16 +24,44 @@ def _guidance_text(guidance: Guidance | None, model: Denoiser) -> str:
     return text if guidance.channels is None else f"{text} ({guidance.channels} ch)"
 
 
+HEADINGS = ("steps", "t", "solver", "patch", "precision", "runs", "cache", "guidance")
+OPTIONAL = ("runs", "cache")
+"""Columns that are left out where they say nothing."""
+
+
+def runs_text(compute: Compute) -> str:
+    """What of the network runs: "all", an exit, sites by letter, a share of the tokens."""
+    words = [] if compute.exit is None else [f"exit {compute.exit}"]
+    if compute.sites is not None:
+        words.append(compute.sites)
+    if compute.tokens is not None:
+        words.append(compute.tokens.describe())
+    if compute.gate is not None:
+        words.append(f"or {compute.gate.on_hit}")
+    return " ".join(words) or "all"
+
+
+def reuse_text(compute: Compute) -> str:
+    """What the call reads, keeps and decides."""
+    words = [] if compute.reuse is None else [f"reuses {compute.reuse.describe()}"]
+    if compute.write:
+        words.append(f"keeps {' '.join(compute.write)}")
+    if compute.gate is not None:
+        words.append(f"if change < {compute.gate.threshold:g}")
+    return "; ".join(words) or "-"
+
+
 def describe(plan: Plan, model: Denoiser) -> str:
     """Steps (equal neighbours joined): times, solver, patch, guidance, GFLOP per image and share of full compute."""
     cost = plan.cost(model)
     times = plan.times
-    rows: list[tuple[str, ...]] = [("steps", "t", "solver", "patch", "precision", "guidance", "GFLOP", "share")]
+    rows: list[tuple[str, ...]] = [(*HEADINGS, "GFLOP", "share")]
 
     def key(i: int) -> tuple[str, ...]:
         s = plan.steps[i]
         patch = patch_name(model.patch_of(s.compute))
-        return s.solver.name, patch, s.compute.precision or "auto", _guidance_text(s.guidance, model)
+        words = s.solver.name, patch, s.compute.precision or "auto", runs_text(s.compute), reuse_text(s.compute)
+        return *words, _guidance_text(s.guidance, model)
 
     for text, group in groupby(range(len(plan.steps)), key):
         members = list(group)
@@ -41,7 +70,12 @@ def describe(plan: Plan, model: Denoiser) -> str:
         span = f"{first}" if first == last else f"{first}-{last}"
         times_text = f"{times[first]:.3f} -> {times[last + 1]:.3f}"
         rows.append((span, times_text, *text, _number(flops), f"{flops / cost.full_flops:.1%}"))
-    rows.append(("total", "", "", "", "", "", _number(cost.flops), f"{cost.share:.1%}"))
+    rows.append(("total", *[""] * (len(HEADINGS) - 1), _number(cost.flops), f"{cost.share:.1%}"))
+    silent = ("", "all", "-")
+    used = [
+        c for c in range(len(rows[0])) if rows[0][c] not in OPTIONAL or any(r[c] not in silent for r in rows[1:])
+    ]
+    rows = [tuple(row[c] for c in used) for row in rows]
     widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
@@ -49,6 +83,9 @@ def describe(plan: Plan, model: Denoiser) -> str:
         f"{cost.evaluations} evaluations, {cost.calls} network calls; "
         f"full compute would be {_number(cost.full_flops)} GFLOP per image"
     )
+    if cost.least_flops != cost.flops:
+        least = f"{_number(cost.least_flops)} GFLOP ({cost.least_flops / cost.full_flops:.1%})"
+        lines.append(f"gates decide while sampling: the table is the most it can cost, the least is {least}")
     return "\n".join(lines)
 
 

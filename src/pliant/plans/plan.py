@@ -17,6 +17,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import PlanError, PliantError, suggest
 from pliant.files import write_json
 from pliant.guidance import Guidance
+from pliant.models.precision import check_precision
 from pliant.paths import Path, make_grid, path_from_config
 from pliant.plans.calls import check_reuse, reuses
 from pliant.plans.cost import PlanCost, plan_cost
@@ -229,9 +230,11 @@ class Plan:
 def check_step(step: Step, model: Denoiser) -> None:
     """Raise a PliantError unless the model can run this step's calls."""
     patch, leave = model.patch_of(step.compute), model.exit_of(step.compute)
+    check_precision(step.compute.precision)
     if step.guidance is None:
         return
     reference = step.guidance.compute or step.compute
+    check_precision(reference.precision)
     coarser, earlier = model.patch_of(reference), model.exit_of(reference)
     if coarser[0] * coarser[1] < patch[0] * patch[1]:
         raise PlanError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+from pliant.compute.gate import Reference, Signal
+from pliant.compute.reuse import MAX_ORDER, Basis, Clock, ReuseKind
+from pliant.compute.tokens import Rule
 from pliant.paths import known_paths
 from pliant.plans.plan import FORMAT, VERSION
 from pliant.solvers import SOLVERS
@@ -17,6 +20,50 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [schema, {"type": "null"}]}
 
 
+SITES = {"type": "string", "pattern": r"^([RCK][1-9]\d*)+$"}
+
+
+def _reuse() -> dict[str, Any]:
+    return _object(
+        {
+            "kind": {"enum": list(get_args(ReuseKind))},
+            "order": {"type": "integer", "minimum": 0, "maximum": MAX_ORDER},
+            "basis": {"enum": list(get_args(Basis))},
+            "on": {"enum": list(get_args(Clock))},
+        },
+        [],
+    )
+
+
+def _tokens() -> dict[str, Any]:
+    share = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    subset = {
+        "kind": {"const": "subset"},
+        "ratio": share,
+        "rule": {"enum": list(get_args(Rule))},
+        "sign": {"enum": [-1, 1]},
+        "starvation": {"type": "number", "minimum": 0},
+    }
+    merge = {"kind": {"const": "merge"}, "ratio": share, "window": {"type": "integer", "minimum": 2}}
+    return {"oneOf": [_object(subset, ["kind", "ratio"]), _object(merge, ["kind", "ratio"])]}
+
+
+def _gate() -> dict[str, Any]:
+    return _object(
+        {
+            "threshold": {"type": "number", "minimum": 0},
+            "on_hit": SITES,
+            "probe": {"type": "integer", "minimum": 0},
+            "signal": {"enum": list(get_args(Signal))},
+            "reference": {"enum": list(get_args(Reference))},
+            "polynomial": {"type": "array", "items": {"type": "number"}},
+            "accumulate": {"type": "boolean"},
+            "max_run": _or_null({"type": "integer", "minimum": 1}),
+        },
+        ["threshold", "on_hit"],
+    )
+
+
 def plan_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of `Plan.to_dict()`."""
     patch = {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 3}
@@ -24,7 +71,13 @@ def plan_schema() -> dict[str, Any]:
         {
             "patch": _or_null(patch),
             "merged": {"type": "boolean"},
-            "precision": _or_null({"enum": ["fp32", "bf16"]}),
+            "precision": _or_null({"type": "string"}),
+            "exit": _or_null({"type": "integer", "minimum": 1}),
+            "sites": _or_null(SITES),
+            "reuse": _or_null(_reuse()),
+            "tokens": _or_null(_tokens()),
+            "write": {"type": "array", "items": {"type": "string", "pattern": r"^(branch|out|kv|span\(\d+,\d+\))$"}},
+            "gate": _or_null(_gate()),
         },
         [],
     )
