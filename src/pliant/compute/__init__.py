@@ -1,6 +1,7 @@
 """What one network call may spend, and what it costs."""
 
 from pliant.compute.cache import Cache, Moment
+from pliant.compute.chebyshev import Chebyshev
 from pliant.compute.compute import Compute
 from pliant.compute.cost import (
     BLOCKS,
@@ -30,6 +31,7 @@ __all__ = [
     "PUBLISHED",
     "WITHOUT_CONDITIONING",
     "Cache",
+    "Chebyshev",
     "Compute",
     "Convention",
     "CostParts",

@@ -6,7 +6,7 @@ call may run only one of them. A batch that is read as it was written is returne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -65,6 +65,16 @@ class GateState:
     """(rows,) accumulated change since the last full call."""
     run: Tensor
     """(rows,) hits in a row."""
+    hits: Tensor
+    """(rows,) hits so far."""
+    seen: Tensor
+    """(rows,) changes so far, summed."""
+    gain: Tensor
+    """(rows,) change of the output per change of the input at the last full call; NaN until there were two."""
+    calls: Tensor
+    """(rows,) full calls that the gain has learned from."""
+    full: tuple[Tensor, Tensor] | None = None
+    """Input and output of every row's last full call, where the gate watches the output."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Cache:
     depth: int = 1
     _rings: dict[tuple[Key, str], list[_Entry]] = field(default_factory=dict)
     _moments: dict[int, Moment] = field(default_factory=dict)
-    gates: dict[tuple[Any, Any, Streams], GateState] = field(default_factory=dict)
+    gates: dict[tuple[Any, Hashable, Streams], GateState] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
 
     def write(self, key: Key, streams: Streams, value: Branch, moment: Moment) -> None:
@@ -191,11 +201,11 @@ class Cache:
         at = moment.on(reuse.on)
         if all(isinstance(w, int) for w in whens):
             nodes = [self._moments[w].on(reuse.on) for w in whens if isinstance(w, int)]
-            return list(forecast_weights(at, nodes, reuse.basis))
+            return list(forecast_weights(at, nodes, reuse.basis, reuse.fit))
         rows = max(len(w) for w in whens if isinstance(w, Tensor))
         table = torch.stack([_per_row(w, rows) for w in whens], dim=1).tolist()
         known: Mapping[tuple[int, ...], tuple[float, ...]] = {
-            row: forecast_weights(at, [self._moments[w].on(reuse.on) for w in row], reuse.basis)
+            row: forecast_weights(at, [self._moments[w].on(reuse.on) for w in row], reuse.basis, reuse.fit)
             for row in {tuple(r) for r in table}
         }
         columns = zip(*(known[tuple(r)] for r in table), strict=True)
@@ -223,6 +233,5 @@ def _per_row(when: When, rows: int) -> Tensor:
 
 def _name(slot: Slot) -> str:
     kind, first, last = slot
-    return {"branch": f"the branch of site {first}", "span": f"span({first},{last})", "out": "the output"}.get(
-        kind, kind
-    )
+    whole = {"out": "the output", "drift": "output minus input", "state": "the last state"}
+    return {"branch": f"the branch of site {first}", "span": f"span({first},{last})", **whole}.get(kind, kind)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pliant.compute.gate import Gate
-from pliant.compute.reuse import Reuse
+from pliant.compute.reuse import WHOLE, Reuse
 from pliant.compute.sites import format_sites, parse_sites, runs
 from pliant.compute.tokens import Subset, Tokens, tokens_from_dict, tokens_to_dict
 from pliant.errors import ConfigError, suggest
 
-WRITES = ("branch", "span(first,last)", "out", "kv")
+WRITES = ("branch", "span(first,last)", "out", "drift", "state", "kv")
 _SPAN = re.compile(r"span\((\d+),(\d+)\)")
 
 
@@ -41,7 +41,7 @@ class Compute:
     tokens: Tokens | None = None
     """Fewer tokens; None: all of them."""
     write: tuple[str, ...] = ()
-    """What this call leaves in the cache: "branch", "span(4,20)", "out", "kv"."""
+    """What this call leaves in the cache: "branch", "span(4,20)", "out", "drift", "state", "kv"."""
     gate: Gate | None = None
     """Decide while sampling whether the call may be cheaper. `sites` and `write` are those of a miss."""
 
@@ -74,8 +74,8 @@ class Compute:
             if "C" not in letters + hit:
                 raise ConfigError("compute has a reuse but no site that is C; leave one of them out")
             for text in (letters, hit):
-                if self.reuse.kind == "out" and "C" in text and set(text) != {"C"}:
-                    raise ConfigError("reuse of the whole output needs all sites C, such as 'C24'")
+                if self.reuse.kind in WHOLE and "C" in text and set(text) != {"C"}:
+                    raise ConfigError(f"reuse of the whole {self.reuse.kind} needs all sites C, such as 'C24'")
         if self.gate is not None and letters and len(hit) != len(letters):
             raise ConfigError(f"a gate's on_hit has {len(hit)} sites, the call's own list {len(letters)}")
         if self.gate is not None and letters and set(letters[: self.gate.probe]) - {"R"}:
@@ -179,7 +179,7 @@ class Compute:
 
 def _write_key(item: str) -> tuple[str, int, int]:
     """Sorts what is written; raises ConfigError for what cannot be."""
-    if item in ("branch", "out", "kv"):
+    if item in ("branch", "kv", *WHOLE):
         return item, 0, 0
     match = _SPAN.fullmatch(item) if isinstance(item, str) else None
     if match is None or not int(match[1]) < int(match[2]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pliant.compute.cache import Cache, Decision, GateState, Moment, Streams
-from pliant.compute.gate import Gate
+from pliant.compute.gate import Gate, mean_change, mean_size
 from pliant.compute.lowering import AddBranch, AddSpan, Mark, Operation, Run, RunStore, SiteProgram
 from pliant.compute.sites import Branch, SiteModel, State
 
@@ -18,83 +18,135 @@ class Call:
     """One call: which network, which streams its rows are, when it happens, and the request's cache."""
 
     def __init__(
-        self, program: SiteProgram, model: SiteModel, cache: Cache, network: Any, streams: Streams, moment: Moment
+        self,
+        program: SiteProgram,
+        model: SiteModel,
+        cache: Cache,
+        network: Any,
+        streams: Streams,
+        moment: Moment,
+        sign: float = 1.0,
     ) -> None:
-        """network: hashable name of the token grid and weights (patch size, ...): caches of others are not read."""
+        """network: hashable name of the token grid and weights (patch size, ...): caches of others are not read.
+
+        sign: -1 where the network predicts the negative of what its output means (so that "drift" means the same).
+        """
         self.program, self.model, self.cache = program, model, cache
-        self.network, self.streams, self.moment = network, streams, moment
+        self.network, self.streams, self.moment, self.sign = network, streams, moment, sign
 
     @property
     def from_memory(self) -> bool:
         """Whether the answer is a kept output, so that the inputs are not looked at."""
-        return self.program.miss_is_output and self.program.compute.gate is None
+        return self.program.miss_whole == "out" and self.program.compute.gate is None
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The network's output for its inputs, as the site model's `begin` takes them."""
         program = self.program
         if self.from_memory:
-            return self._kept_output(None)
+            return self._kept("out", None)
+        x: Tensor = inputs[0]
+        if program.miss_whole == "drift" and program.compute.gate is None:
+            return self._drifted(x, None)
         state, context = self.model.begin(*inputs)
         if program.compute.gate is not None:
-            return self._gated(state, context, program.compute.gate)
-        state = self._play(program.miss, state, context, {}, None, len(state[0]))
-        return self._finish(state, context, None, len(state[0]))
+            return self._gated(x, state, context, program.compute.gate)
+        return self._miss(x, state, context, {}, None, len(state[0]))
 
-    def _gated(self, state: State, context: Any, gate: Gate) -> Tensor:
+    def _gated(self, x: Tensor, state: State, context: Any, gate: Gate) -> Tensor:
         """Probe, decide per row, and run both groups as batches of their own."""
         program, total = self.program, len(state[0])
         marks: dict[int, State] = {}
         before = state
         state = self._play(program.probe, state, context, marks, None, total)
-        signal = state[0] - before[0] if gate.signal == "residual" else self._seen(state, context)
-        hit = self._decide(gate, signal)
+        if gate.signal == "residual":
+            signal = state[0] - before[0]
+        else:
+            signal = x if gate.signal == "output" else self.model.norm(gate.probe, state, context)[0]
+        hit, memory = self._decide(gate, signal)
         self.cache.decisions.append(Decision(self.moment.step, self.streams, tuple(hit.tolist())))
         if bool(hit.all()):
-            return self._hit(state, context, None)
+            return self._hit(x, state, context, None)
         if not bool(hit.any()):
-            state = self._play(program.miss, state, context, marks, None, total)
-            return self._finish(state, context, None, total)
-        out: Tensor | None = None
+            out = self._miss(x, state, context, marks, None, total)
+            if gate.signal == "output":
+                _learn(memory, x, out, torch.arange(total))
+            return out
+        merged: Tensor | None = None
         for missed in (True, False):
             rows = torch.nonzero(hit != missed).flatten().to(state[0].device)
             part = tuple(s[rows] for s in state)
             inner = self.model_rows(context, rows, total)
             if missed:
                 cut = {site: tuple(s[rows] for s in marked) for site, marked in marks.items()}
-                value = self._finish(self._play(program.miss, part, inner, cut, rows, total), inner, rows, total)
+                value = self._miss(x[rows], part, inner, cut, rows, total)
+                if gate.signal == "output":
+                    _learn(memory, x[rows], value, rows)
             else:
-                value = self._hit(part, inner, rows)
-            out = value.new_empty(total, *value.shape[1:]) if out is None else out
-            out[rows] = value
-        assert out is not None
-        return out
+                value = self._hit(x[rows], part, inner, rows)
+            merged = value.new_empty(total, *value.shape[1:]) if merged is None else merged
+            merged[rows] = value
+        assert merged is not None
+        return merged
 
     def model_rows(self, context: Any, rows: Tensor, total: int) -> Any:
         """The context of some rows of the batch."""
         select = getattr(self.model, "rows", None)
         return take_rows(context, rows, total) if select is None else select(context, rows, total)
 
-    def _seen(self, state: State, context: Any) -> Tensor:
-        assert self.program.compute.gate is not None
-        return self.model.norm(self.program.compute.gate.probe, state, context)[0]
-
-    def _hit(self, state: State, context: Any, rows: Tensor | None) -> Tensor:
-        if self.program.hit_is_output:
-            return self._kept_output(rows)
+    def _hit(self, x: Tensor, state: State, context: Any, rows: Tensor | None) -> Tensor:
+        whole = self.program.hit_whole
+        if whole == "out":
+            return self._kept("out", rows)
+        if whole == "drift":
+            return self._drifted(x, rows)
+        if whole == "state":
+            return self.model.head(self._kept_state(state, rows), context)
         return self.model.head(self._play(self.program.hit, state, context, {}, rows, 0), context)
 
-    def _kept_output(self, rows: Tensor | None) -> Tensor:
+    def _kept(self, kind: str, rows: Tensor | None) -> Tensor:
+        """The forecast of the whole network's output, or of its drift."""
         reuse = self.program.compute.reuse
         assert reuse is not None
-        key = (self.network, ("out", 0, self.program.sites))
+        key = (self.network, (kind, 0, self.program.sites))
         out = self.cache.read(key, self.streams, reuse, self.moment, None, rows)[0]
         assert out is not None
         return out
 
-    def _finish(self, state: State, context: Any, rows: Tensor | None, total: int) -> Tensor:
+    def _kept_state(self, state: State, rows: Tensor | None) -> State:
+        """The forecast of what the head reads; state: of the same form, for its dtype."""
+        reuse = self.program.compute.reuse
+        assert reuse is not None
+        key = (self.network, ("state", 0, self.program.sites))
+        kept = self.cache.read(key, self.streams, reuse, self.moment, state[0].dtype, rows)
+        return tuple(s if k is None else k for s, k in zip(state, kept, strict=True))
+
+    def _drifted(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """The input of now plus what the network added to its input then; further channels as they were."""
+        out = self._kept("drift", rows).clone()
+        out[:, : x.shape[1]] += self.sign * x
+        return out
+
+    def _miss(
+        self, x: Tensor, state: State, context: Any, marks: dict[int, State], rows: Tensor | None, total: int
+    ) -> Tensor:
+        """The call's own sites from where the gate looked, the head, and what is kept of the whole."""
+        whole = self.program.miss_whole
+        if whole == "out":
+            return self._kept("out", rows)
+        if whole == "drift":
+            return self._drifted(x, rows)
+        if whole == "state":
+            state = self._kept_state(state, rows)
+        else:
+            state = self._play(self.program.miss, state, context, marks, rows, total)
         out = self.model.head(state, context)
-        if self.program.write_output:
-            self._write(("out", 0, self.program.sites), (out,), rows, total)
+        for kind in self.program.write_whole:
+            kept: Branch = state if kind == "state" else (out,)
+            if kind == "drift":
+                drift = out.clone()
+                drift[:, : x.shape[1]] -= self.sign * x
+                kept = (drift,)
+            self._write((kind, 0, self.program.sites), kept, rows, total)
         return out
 
     def _play(
@@ -138,25 +190,44 @@ class Call:
         else:
             self.cache.write_rows((self.network, slot), self.streams, value, rows, total, self.moment)
 
-    def _decide(self, gate: Gate, signal: Tensor) -> Tensor:
+    def _decide(self, gate: Gate, signal: Tensor) -> tuple[Tensor, GateState]:
         """(rows,) bool on the CPU: the one synchronisation of a gated call. Updates what the gate remembers."""
         program, rows = self.program, len(signal)
         reuse = program.compute.reuse
-        key = (self.network, program.compute, self.streams)
+        key = (self.network, gate.memory, self.streams)
         state = self.cache.gates.get(key)
         if state is None:
             nothing = torch.zeros(rows)
-            state = GateState(signal, nothing.bool(), nothing, nothing.to(torch.int64))
+            count = nothing.to(torch.int64)
+            state = GateState(
+                signal, nothing.bool(), nothing, count, count, nothing, torch.full((rows,), torch.nan), count.clone()
+            )
             self.cache.gates[key] = state
-        change = gate.change(signal, state.reference).cpu()
+        if gate.signal == "output":  # NaN while the gain is unknown, which hits nowhere
+            size = torch.ones(rows) if state.full is None else mean_size(state.full[1]).cpu()
+            change = state.gain * mean_change(signal, state.reference).cpu() / size
+        else:
+            change = gate.change(signal, state.reference).cpu()
         total = state.total + change if gate.accumulate else change
-        hit = state.known & (total < gate.threshold)
+        allowed = state.known
         if gate.max_run is not None:
-            hit &= state.run < gate.max_run
+            allowed = allowed & (state.run < gate.max_run)
+        if gate.max_hits is not None:
+            allowed = allowed & (state.hits < gate.max_hits)
+        if gate.max_seen is not None:
+            allowed = allowed & (state.seen < gate.max_seen)
+        if not gate.never_hits:
+            state.seen = state.seen + torch.where(allowed, change, 0.0)
+        hit = allowed & gate.passes(total)
         need = 1 if reuse is None else reuse.order + 1
         for slot in program.hit_slots:
             hit &= self.cache.counts((self.network, slot), self.streams, rows) >= need
+        if gate.deciders == "cond" and "cond" in self.streams:
+            size_of = rows // len(self.streams)
+            place = self.streams.index("cond") * size_of
+            hit = hit[place : place + size_of].repeat(len(self.streams))
         state.run = torch.where(hit, state.run + 1, 0)
+        state.hits = state.hits + hit
         state.total = torch.where(hit, total, 0.0)
         if gate.reference == "last_step" or not bool(hit.any()):
             state.reference = signal
@@ -164,7 +235,21 @@ class Call:
             keep = hit.to(signal.device).view(-1, *[1] * (signal.ndim - 1))
             state.reference = torch.where(keep, state.reference, signal)
         state.known = state.known | ~hit
-        return hit
+        return hit, state
+
+
+def _learn(state: GateState, x: Tensor, out: Tensor, rows: Tensor) -> None:
+    """The gain and the last full call of these rows, after a full call: x, out (len(rows), C, H, W)."""
+    here = rows.cpu()
+    if state.full is None:
+        total = len(state.known)
+        state.full = x.new_zeros(total, *x.shape[1:]), out.new_zeros(total, *out.shape[1:])
+    old_x, old_out = state.full
+    rows = rows.to(x.device)
+    gain = (mean_change(out, old_out[rows]) / mean_change(x, old_x[rows])).cpu()
+    state.gain[here] = torch.where(state.calls[here] > 0, gain, torch.nan)
+    state.calls[here] += 1
+    state.full = old_x.index_copy(0, rows, x), old_out.index_copy(0, rows, out)
 
 
 def take_rows(context: Any, rows: Tensor, total: int) -> Any:

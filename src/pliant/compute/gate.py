@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from pliant.compute.sites import parse_sites
 from pliant.errors import ConfigError, suggest
 
-Signal = Literal["residual", "input"]
+Signal = Literal["residual", "input", "output"]
 Reference = Literal["last_step", "last_full"]
+Comparison = Literal["<", "<="]
+Deciders = Literal["own", "cond"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class Gate:
 
     Sites 0..probe-1 always run. Their signal is compared with the one remembered from the reference call, per sample:
     `d = mean|now - then| / mean|then|`, optionally through a polynomial, optionally summed over calls since the last
-    full one. Hit if `d < threshold`; the first call, and one after `max_run` hits in a row, is always a miss.
+    full one. Hit if `d < threshold`; the first call, and one after `max_run` hits in a row, is always a miss. A gate
+    with threshold 0 never hits: it only remembers, as gates that look at the same signal share what they remember.
+    That is how a warm-up is written.
     """
 
     threshold: float
@@ -30,15 +35,30 @@ class Gate:
     """Sites of a hit, e.g. "R2C22"; as many as the model's, and R over the probe."""
     probe: int = 0
     signal: Signal = "residual"
-    """residual: what the probe sites added to the state. input: the normalised, modulated input of site `probe`."""
+    """residual: what the probe sites added to the state. input: the normalised, modulated input of site `probe`.
+    output: how much the output should have changed, from the change of the network's input and the gain
+    `mean|change of output| / mean|change of input|` of the last two full calls (EasyCache, arXiv 2507.02860)."""
     reference: Reference = "last_full"
     polynomial: tuple[float, ...] = ()
     """Highest power first, applied to d; TeaCache's rescaling."""
     accumulate: bool = False
     max_run: int | None = None
+    """Hits in a row."""
+    max_hits: int | None = None
+    """Hits in a request."""
+    max_seen: float | None = None
+    """No more hits once the changes that were looked at sum to this."""
+    comparison: Comparison = "<"
+    deciders: Deciders = "own"
+    """Whose rows decide: every stream its own, or the conditional ones for all streams."""
 
     def __post_init__(self) -> None:
-        choices = {"signal": get_args(Signal), "reference": get_args(Reference)}
+        choices = {
+            "signal": get_args(Signal),
+            "reference": get_args(Reference),
+            "comparison": get_args(Comparison),
+            "deciders": get_args(Deciders),
+        }
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
@@ -54,9 +74,25 @@ class Gate:
             raise ConfigError(f"gate has threshold {self.threshold!r}; expected a number >= 0")
         if math.isinf(self.threshold) and self.max_run is None:
             raise ConfigError("a gate with an infinite threshold never recomputes; give it max_run, or a number")
-        if self.max_run is not None and (not isinstance(self.max_run, int) or self.max_run < 1):
-            raise ConfigError(f"gate has max_run {self.max_run!r}; expected a whole number >= 1, or none")
+        for name in ("max_run", "max_hits"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"gate has {name} {value!r}; expected a whole number >= 1, or none")
+        if self.max_seen is not None and not self.max_seen > 0:
+            raise ConfigError(f"gate has max_seen {self.max_seen!r}; expected a number > 0, or none")
+        if self.signal == "output" and (self.reference != "last_step" or self.probe):
+            raise ConfigError("a gate on the output has no probe and compares with the last step")
         object.__setattr__(self, "polynomial", tuple(float(c) for c in self.polynomial))
+
+    @property
+    def never_hits(self) -> bool:
+        """Whether it only remembers."""
+        return self.threshold == 0
+
+    @property
+    def memory(self) -> Hashable:
+        """What it remembers: gates that agree in this continue each other's."""
+        return self.probe, self.signal, self.reference, self.polynomial, self.accumulate
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "polynomial": list(self.polynomial)}
@@ -71,9 +107,7 @@ class Gate:
 
     def change(self, now: Tensor, then: Tensor) -> Tensor:
         """(B,) float32: the probe's relative change, rescaled. now, then (B, N, D)."""
-        now, then = now.float(), then.float()
-        axes = tuple(range(1, now.ndim))
-        d = (now - then).abs().mean(axes) / then.abs().mean(axes).clamp_min(1e-30)
+        d = mean_change(now, then) / mean_size(then)
         if not self.polynomial:
             return d
         value = d.new_zeros(d.shape)
@@ -81,6 +115,22 @@ class Gate:
             value = value * d + c
         return value
 
+    def passes(self, change: Tensor) -> Tensor:
+        """(B,) bool: whether a (summed) change is small enough to hit."""
+        if self.never_hits:
+            return torch.zeros_like(change, dtype=torch.bool)
+        return change < self.threshold if self.comparison == "<" else change <= self.threshold
+
     def describe(self) -> str:
         """e.g. `gate < 0.08 -> R2C22`."""
-        return f"gate < {self.threshold:g} -> {self.on_hit}"
+        return f"gate {self.comparison} {self.threshold:g} -> {self.on_hit}"
+
+
+def mean_change(now: Tensor, then: Tensor) -> Tensor:
+    """(B,) float32: `mean|now - then|` per sample."""
+    return (now.float() - then.float()).abs().mean(tuple(range(1, now.ndim)))
+
+
+def mean_size(x: Tensor) -> Tensor:
+    """(B,) float32: `mean|x|` per sample, never zero."""
+    return x.float().abs().mean(tuple(range(1, x.ndim))).clamp_min(1e-30)

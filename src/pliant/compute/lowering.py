@@ -7,13 +7,13 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from pliant.compute.compute import Compute
-from pliant.compute.reuse import Reuse
+from pliant.compute.reuse import WHOLE, Reuse, ReuseKind
 from pliant.compute.sites import parse_sites, runs
 from pliant.compute.tokens import Merge
 from pliant.errors import PlanError
 
 Slot: TypeAlias = tuple[str, int, int]
-"""("branch", s, s+1), ("span", a, b) or ("out", 0, M): a place in the cache."""
+"""("branch", s, s+1), ("span", a, b), ("out", 0, M), ...: a place in the cache."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SiteProgram:
     """One compute on a network of `sites` sites.
 
     probe: operations before the gate decides (empty without one); miss: those after it, or all of them; hit: those of
-    a hit. `whole_*`: that side is the whole output from the cache.
+    a hit. `*_whole`: the kind of reuse where that side is the whole network from the cache.
     """
 
     compute: Compute
@@ -77,11 +77,12 @@ class SiteProgram:
     probe: tuple[Operation, ...]
     miss: tuple[Operation, ...]
     hit: tuple[Operation, ...]
-    miss_is_output: bool
-    hit_is_output: bool
+    miss_whole: ReuseKind | None
+    hit_whole: ReuseKind | None
     hit_slots: tuple[Slot, ...]
     """What a hit reads: without `reuse.order + 1` values of each there is no hit."""
-    write_output: bool
+    write_whole: tuple[str, ...]
+    """Which of "out", "drift" and "state" a full call keeps."""
 
 
 def lower(compute: Compute, sites: int) -> SiteProgram:
@@ -97,7 +98,7 @@ def lower(compute: Compute, sites: int) -> SiteProgram:
     probe: tuple[Operation, ...] = ()
     hit: tuple[Operation, ...] = ()
     slots: tuple[Slot, ...] = ()
-    hit_is_output = False
+    hit_whole: ReuseKind | None = None
     if compute.gate is not None:
         at = compute.gate.probe
         cut = _split(miss, at)
@@ -107,17 +108,17 @@ def lower(compute: Compute, sites: int) -> SiteProgram:
         rest = _operations(Compute(sites=compute.gate.on_hit, reuse=compute.reuse), hit_letters)
         hit = _after(rest, at)
         slots = read_slots(compute.reuse, hit_letters)
-        hit_is_output = _is_output(compute.reuse, hit_letters)
+        hit_whole = _whole(compute.reuse, hit_letters)
     return SiteProgram(
         compute,
         sites,
         probe,
         miss,
         hit,
-        _is_output(compute.reuse, letters),
-        hit_is_output,
+        _whole(compute.reuse, letters),
+        hit_whole,
         slots,
-        "out" in compute.write,
+        tuple(kind for kind in WHOLE if kind in compute.write),
     )
 
 
@@ -125,8 +126,8 @@ def read_slots(reuse: Reuse | None, letters: str) -> tuple[Slot, ...]:
     """The cache places that these sites read."""
     if reuse is None:
         return ()
-    if _is_output(reuse, letters):
-        return (("out", 0, len(letters)),)
+    if (kind := _whole(reuse, letters)) is not None:
+        return ((kind, 0, len(letters)),)
     spans = [(a, b) for letter, a, b in runs(letters) if letter == "C"]
     if reuse.kind == "span":
         return tuple(("span", a, b) for a, b in spans)
@@ -139,20 +140,18 @@ def write_slots(compute: Compute, sites: int) -> tuple[Slot, ...]:
     slots: list[Slot] = [("span", a, b) for a, b in compute.spans]
     if "branch" in compute.write:
         slots += [("branch", s, s + 1) for s, letter in enumerate(letters) if letter == "R"]
-    if "out" in compute.write:
-        slots.append(("out", 0, sites))
-    if "kv" in compute.write:
-        slots.append(("kv", 0, sites))
+    slots += [(kind, 0, sites) for kind in (*WHOLE, "kv") if kind in compute.write]
     return tuple(slots)
 
 
-def _is_output(reuse: Reuse | None, letters: str) -> bool:
-    return reuse is not None and reuse.kind == "out" and set(letters) == {"C"}
+def _whole(reuse: Reuse | None, letters: str) -> ReuseKind | None:
+    """The kind of reuse if these sites are the whole network from the cache."""
+    return reuse.kind if reuse is not None and reuse.kind in WHOLE and set(letters) == {"C"} else None
 
 
 def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
     """Site by site, then equal neighbours joined."""
-    if _is_output(compute.reuse, letters):
+    if _whole(compute.reuse, letters) is not None:
         return ()
     begins = {a for a, _ in compute.spans}
     ends: dict[int, list[int]] = {}

@@ -7,12 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from pliant.compute.chebyshev import Chebyshev, chebyshev_weights
 from pliant.errors import ConfigError, suggest
 
-ReuseKind = Literal["branch", "span", "out"]
-Basis = Literal["newton", "taylor"]
+ReuseKind = Literal["branch", "span", "out", "drift", "state"]
+WHOLE: tuple[str, ...] = ("out", "drift", "state")
+"""Kinds that stand for the whole network: all sites are C."""
+Basis = Literal["newton", "taylor", "chebyshev"]
 Clock = Literal["step", "time", "logsnr"]
 MAX_ORDER = 3
+"""Of polynomials through the kept values."""
+MAX_WINDOW = 128
+"""Values that a regression may keep."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +26,19 @@ class Reuse:
     """What the letter C means in a call's sites.
 
     kind "branch": each site's output before its gate (gates and modulation stay those of now); "span": the change of
-    the state over every run of C (old gates included); "out": the whole network's output (all sites are C).
-    order 0 repeats the newest value, order q extrapolates the newest q+1 of them on the clock `on`.
+    the state over every run of C (old gates included). The others stand for the whole network (all sites are C): "out"
+    is its output, "drift" output minus input (added to the input of now), "state" what its head reads.
+    order 0 repeats the newest value, order q forecasts from the newest q+1 of them on the clock `on`.
     """
 
     kind: ReuseKind = "branch"
     order: int = 0
     basis: Basis = "newton"
     """newton: exact on polynomials up to the order, at uneven times. taylor: TaylorSeer's published form, which is
-    exact for linear features only."""
+    exact for linear features only. chebyshev: ridge regression, see `fit`."""
     on: Clock = "step"
+    fit: Chebyshev | None = None
+    """Of the basis "chebyshev", and of no other."""
 
     def __post_init__(self) -> None:
         choices = {"kind": get_args(ReuseKind), "basis": get_args(Basis), "on": get_args(Clock)}
@@ -37,19 +46,23 @@ class Reuse:
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(f"reuse has {name} {value!r}; {suggest(str(value), known)}")
-        if not isinstance(self.order, int) or not 0 <= self.order <= MAX_ORDER:
-            raise ConfigError(f"reuse has order {self.order!r}; forecasts of order 0 to {MAX_ORDER} exist")
+        most = MAX_WINDOW - 1 if self.basis == "chebyshev" else MAX_ORDER
+        if not isinstance(self.order, int) or not 0 <= self.order <= most:
+            raise ConfigError(f"reuse has order {self.order!r}; forecasts of order 0 to {most} exist")
+        if (self.fit is not None) != (self.basis == "chebyshev"):
+            raise ConfigError("reuse takes a fit with the basis 'chebyshev', and only with it")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {k: v for k, v in asdict(self).items() if k != "fit" or v is not None}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Reuse:
         """Inverse of `to_dict`. Raises ConfigError for unknown fields."""
         try:
-            return Reuse(**values)
+            fit = values.get("fit")
+            return Reuse(**{**values, "fit": None if fit is None else Chebyshev(**fit)})
         except TypeError:
-            raise ConfigError(f"reuse takes kind, order, basis, on; got {', '.join(map(str, values))}") from None
+            raise ConfigError(f"reuse takes kind, order, basis, on, fit; got {', '.join(map(str, values))}") from None
 
     def describe(self) -> str:
         """e.g. `span, order 1`."""
@@ -61,17 +74,20 @@ class Reuse:
         return words
 
 
-def forecast_weights(at: float, nodes: Sequence[float], basis: Basis = "newton") -> tuple[float, ...]:
+def forecast_weights(
+    at: float, nodes: Sequence[float], basis: Basis = "newton", fit: Chebyshev | None = None
+) -> tuple[float, ...]:
     """Weights w with `f(at) ~ sum_j w_j f(nodes_j)`; nodes newest first, as many as the order plus one.
 
     Newton's form is the polynomial through all nodes. Taylor's form uses recursive backward differences, each divided
-    by the newest gap, as if they were derivatives at the newest node (TaylorSeer, arXiv 2503.06923).
+    by the newest gap, as if they were derivatives at the newest node (TaylorSeer, arXiv 2503.06923). chebyshev: `fit`.
     """
+    if fit is not None:
+        few = nodes[:3]
+        local = _polynomial(at, few)
+        return chebyshev_weights(at, nodes, fit, local)
     if basis == "newton":
-        return tuple(
-            math.prod((at - other) / (here - other) for k, other in enumerate(nodes) if k != j)
-            for j, here in enumerate(nodes)
-        )
+        return _polynomial(at, nodes)
     weights = [0.0] * len(nodes)
     # Row j of `difference`: the weights of the j-th backward difference at the newest node.
     table = [[float(i == j) for i in range(len(nodes))] for j in range(len(nodes))]
@@ -86,3 +102,11 @@ def forecast_weights(at: float, nodes: Sequence[float], basis: Basis = "newton")
         ]
         factor *= (at - nodes[0]) / (order + 1)
     return tuple(weights)
+
+
+def _polynomial(at: float, nodes: Sequence[float]) -> tuple[float, ...]:
+    """Of the polynomial through all nodes."""
+    return tuple(
+        math.prod((at - other) / (here - other) for k, other in enumerate(nodes) if k != j)
+        for j, here in enumerate(nodes)
+    )

@@ -68,6 +68,8 @@ def _missing(call: PlannedCall, slot: Slot, stream: str, need: int, have: int) -
         "branch": f"the branch of site {first}",
         "span": f"span({first},{last})",
         "out": "the whole output",
+        "drift": "output minus input",
+        "state": "the state before the head",
         "kv": "keys and values",
     }[kind]
     write = {"span": f"span({first},{last})"}.get(kind, kind)

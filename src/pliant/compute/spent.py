@@ -21,7 +21,7 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
     if compute.plain:
         return whole
     letters = _letters(shape, compute, hit)
-    if set(letters) == {"C"} and compute.reuse is not None and compute.reuse.kind == "out":
+    if set(letters) == {"C"} and compute.reuse is not None and compute.reuse.kind in ("out", "drift"):
         return CostParts(**dict.fromkeys(vars(whole), 0))
     L, D, N = shape.depth, shape.width, shape.tokens
     side = D // shape.heads
