@@ -10,7 +10,7 @@ From the bottom: pooling blocks, whose attention is uniform; groups of
 and dense blocks. Every block has the parameters of a DiT's `Block`, so the pre-trained weights load by name; pooling
 blocks use the value rows of qkv only. It must be fine-tuned (the paper: 1 M steps) before it is worth sampling from.
 
-`pooled_span` is the form without new weights, for any blocks of any network: a coarser patch in the middle of the depth.
+`pooled_span` is the form without new weights, for any blocks of any network: a coarser patch at some depths.
 """
 
 from __future__ import annotations
