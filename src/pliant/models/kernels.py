@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +27,8 @@ def has_fused_linear() -> bool:
 
 def _can_fuse(x: Tensor, weight: Tensor) -> bool:
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    same = x.device.type == "cpu" and x.dtype == weight.dtype
+    # A weight of another class (a quantised tensor, say) is known to PyTorch's own linear, not to this operator.
+    same = x.device.type == "cpu" and x.dtype == weight.dtype and type(weight) in (Tensor, nn.Parameter)
     return same and not needs_gradient and not torch.compiler.is_compiling() and has_fused_linear()
 
 
