@@ -7,9 +7,6 @@ explain it, which makes a plan of `rows` steps: a file, with a cost, for the one
 
 from __future__ import annotations
 
-import copy
-import sys
-import threading
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,10 +22,9 @@ from pliant.plans import Plan, Step
 from pliant.plans.plan import made_for
 from pliant.plans.presets import as_guidance
 from pliant.solvers import Program, compile_program
-from pliant.solvers.normal_form import _standing_in
+from pliant.solvers.normal_form import walk
 from pliant.solvers.rows import MEMORY, Rows, Stage
 
-_STANDING_IN = threading.Lock()  # schedulers' modules are changed while they run
 _TOLERANCE = 1e-10
 
 
@@ -63,39 +59,20 @@ def scheduler_form(scheduler: Any, **step_options: Any) -> SchedulerForm:
         raise PlanError("call set_timesteps on the scheduler first")
     count = len(scheduler.timesteps)
     basis = torch.eye(1 + 3 * count, dtype=torch.float64)  # room for two noises per call
-    rows, noises = _walk(scheduler, basis[: 1 + count], basis[1 + count :], step_options)
+    start = torch.ones(1 + count, 1, dtype=torch.float64)
+    start[0] = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    rows, noises = walk(scheduler, start * basis[: 1 + count], basis[1 + count :], **step_options)
     form = rows[:, : 1 + count + noises]
     # A linear sampler agrees with its matrix on any numbers; large ones reach every clipping.
     generator = torch.Generator().manual_seed(0)
     values = 10.0 * torch.randn(1 + 3 * count, 7, generator=generator, dtype=torch.float64)
-    seen, _ = _walk(scheduler, values[: 1 + count], values[1 + count :], step_options)
+    seen, _ = walk(scheduler, start * values[: 1 + count], values[1 + count :], **step_options)
     if not torch.allclose(seen, form @ values[: form.shape[1]], rtol=1e-6, atol=1e-6 * float(seen.abs().max())):
         raise PlanError(f"{type(scheduler).__name__} is not linear here; switch off clip_sample and thresholding")
     # Noise that is drawn but multiplied by 0 (a last step to clean data) is no noise.
     used = torch.cat([torch.ones(1 + count, dtype=torch.bool), form[:, 1 + count :].abs().amax(0) > 0.0])
     form = form[:, used]
     return SchedulerForm(form, torch.as_tensor(scheduler.timesteps).detach().cpu(), form.shape[1] - 1 - count)
-
-
-def _walk(scheduler: Any, vectors: Tensor, noises: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
-    """What each call sees, and the sample, when `vectors` are the start and the outputs; how many noises were drawn."""
-    scheduler = copy.deepcopy(scheduler)
-    drawn = 0
-
-    def noise(*_: Any, **__: Any) -> Tensor:
-        nonlocal drawn
-        drawn += 1
-        return noises[drawn - 1]
-
-    vectors, noises = vectors[:, None, None], noises[:, None, None]  # schedulers expect a batch and channels
-    x = vectors[0] * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    scale = getattr(scheduler, "scale_model_input", lambda sample, t: sample)
-    seen = []
-    with _STANDING_IN, _standing_in(sys.modules[type(scheduler).__module__], noise, True):
-        for k, t in enumerate(scheduler.timesteps):
-            seen.append(scale(x, t))
-            x = scheduler.step(vectors[1 + k], t, x, **options).prev_sample
-    return torch.stack([*seen, x]).double()[:, 0, 0], drawn
 
 
 def imported(scheduler: Any, **step_options: Any) -> Imported:

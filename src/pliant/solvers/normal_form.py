@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,28 +87,44 @@ def normal_form(program: Program) -> NormalForm:
 def normal_form_of(scheduler: Any, double: bool = True, **options: Any) -> Tensor:
     """The rows of a diffusers scheduler, by running it on basis vectors: what every call sees, then its sample.
 
-    scheduler: any object with `timesteps` (after `set_timesteps`), `scale_model_input` and `step(...).prev_sample`.
-    Returns (calls+1, 1+calls+noises) float64: coefficients of the start, the outputs, the noises it drew. Compare with
-    `NormalForm.rows()`; tables the scheduler keeps in float32 show as differences of 1e-4. double: compute in float64,
-    by standing in for `torch.float32` and the random functions in the scheduler's module while it runs (so not in
-    threads). options: for `step`, e.g. DDIM's eta.
+    scheduler, double, options: as in `walk`. Returns (calls+1, 1+calls+noises) float64: coefficients of the start, the
+    outputs, the noises it drew. Compare with `NormalForm.rows()`; tables the scheduler keeps in float32 show as
+    differences of 1e-4.
     """
     count = len(scheduler.timesteps)
-    size = 1 + 2 * count  # room for one noise per call
-    basis = torch.eye(size, dtype=torch.float64)[:, None]  # a batch of one: some schedulers insist on two axes
-    drawn = 0
+    basis = torch.eye(1 + 3 * count, dtype=torch.float64)  # room for two noises per call
+    rows, drawn = walk(scheduler, basis[: 1 + count], basis[1 + count :], double, **options)
+    return rows[:, : 1 + count + drawn]
 
-    def draw(*args: Any, **kwargs: Any) -> Tensor:
+
+_STANDING_IN = threading.Lock()  # schedulers' modules are changed while they run
+
+
+def walk(scheduler: Any, vectors: Tensor, noises: Tensor, double: bool = True, **options: Any) -> tuple[Tensor, int]:
+    """What each call of a diffusers scheduler sees, and its sample, for given numbers; and how many noises it drew.
+
+    scheduler: any object with `timesteps` (after `set_timesteps`) and `step(...).prev_sample`; a copy is run.
+    vectors: (1 + calls, n), the start (as it is: not scaled) and the network's outputs. noises: (m, n), taken in turn
+    where it draws. double: compute in float64, by standing in for `torch.float32` and the random functions in the
+    scheduler's module while it runs. options: for `step`, e.g. DDIM's eta. Returns ((calls + 1, n) float64, count).
+    """
+    scheduler = copy.deepcopy(scheduler)
+    drawn = 0
+    # Schedulers expect a batch and channels.
+    vectors, noises = vectors[:, None, None], noises[:, None, None]
+
+    def draw(*_: Any, **__: Any) -> Tensor:
         nonlocal drawn
         drawn += 1
-        return basis[count + drawn]
+        return noises[drawn - 1]
 
-    x, rows = basis[0], []
-    with _standing_in(sys.modules[type(scheduler).__module__], draw, double):
+    x, seen = vectors[0], []
+    scale = getattr(scheduler, "scale_model_input", lambda sample, t: sample)
+    with _STANDING_IN, _standing_in(sys.modules[type(scheduler).__module__], draw, double):
         for k, t in enumerate(scheduler.timesteps):
-            rows.append(scheduler.scale_model_input(x, t))
-            x = scheduler.step(basis[1 + k], t, x, **options).prev_sample
-    return torch.stack([*rows, x])[:, 0, : 1 + count + drawn]
+            seen.append(scale(x, t))
+            x = scheduler.step(vectors[1 + k], t, x, **options).prev_sample
+    return torch.stack([*seen, x]).double()[:, 0, 0], drawn
 
 
 class _StandIn:
