@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -122,11 +123,8 @@ def test_refreshing_every_step_reuses_nothing(network: DiT, kind: str) -> None:
 
 def interval(period: int, reuse: Reuse, cheap: str, write: str) -> list[Compute]:
     """Full every `period` steps, and until there is enough to forecast from; the rest reuses."""
-    full = Compute(write=(write,))
-    return [
-        full if i % period == 0 and i <= STEPS else Compute(sites=cheap, reuse=reuse) if i > period * reuse.order else full
-        for i in range(STEPS)
-    ]
+    full, less = Compute(write=(write,)), Compute(sites=cheap, reuse=reuse)
+    return [full if i % period == 0 or i <= period * reuse.order else less for i in range(STEPS)]
 
 
 def residual_error(network: DiT, computes: list[Compute]) -> float:
@@ -275,7 +273,7 @@ def test_accumulated_changes_and_the_last_step_as_reference(network: DiT) -> Non
     inputs, sites = Inputs(), DiTSites(network)
     seen = [sites.norm(0, *sites.begin(*inputs.at(i, network)))[0] for i in range(STEPS)]
     change = [[float((b - a).abs().mean((1, 2))[r] / a.abs().mean((1, 2))[r]) for r in range(BATCH)]
-              for a, b in zip(seen, seen[1:], strict=False)]  # fmt: skip
+              for a, b in pairwise(seen)]  # fmt: skip
     threshold, total, want = 3.5 * change[0][0], 0.0, [False]
     for step in change:
         total += step[0]
@@ -295,7 +293,8 @@ def test_streams_share_a_batch_and_part_again(network: DiT) -> None:
     full, cheap = Compute(write=("branch",)), Compute(sites="C12", reuse=Reuse("branch"))
 
     def call(compute: Compute, streams: tuple[str, ...], rows: slice, i: int) -> Tensor:
-        return Call(lower(compute, SITES), sites, cache, "net", streams, Moment(i, 1.0, 0.0))(x[rows], modulations[rows])
+        run = Call(lower(compute, SITES), sites, cache, "net", streams, Moment(i, 1.0, 0.0))
+        return run(x[rows], modulations[rows])
 
     both = call(full, ("cond", "null"), slice(0, 4), 0)
     torch.testing.assert_close(call(cheap, ("cond",), slice(0, 2), 1), both[:2])
