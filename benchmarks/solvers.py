@@ -1,10 +1,15 @@
 """Time outside the network: Pliant's interpreter against diffusers' `scheduler.step` for the same solver.
 
     python benchmarks/solvers.py [--steps 20] [--shape 1,4,32,32 4,4,64,64] [--rounds 31] [--json solvers.json]
+    python benchmarks/solvers.py --updates
 
 Both loops call a network that returns one fixed tensor, so what is timed is only the solver: for diffusers
 `scale_model_input` and `step`, for Pliant the loop of `run`. Preparing (set_timesteps, compile) is not timed there; the
 second table times compiling a 1000-step program. Medians per step; the variants take turns within each round.
+
+The last table (`--updates`) is one linear update of 2 to 6 terms on its own: the interpreter's way (the accumulator is
+read and written once per term after the first) against walking the tensors in pieces that stay in the cache (the same
+bits), and against torch.addr, the one kernel that scales and adds two tensors in one pass (other bits).
 """
 
 from __future__ import annotations
@@ -18,9 +23,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pliant.paths import get_path, uniform_times
 from pliant.solvers import Output, compile_program, run
+from pliant.solvers.interpreter import combine
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 # Pliant's name, diffusers' scheduler, its options.
@@ -107,14 +114,81 @@ def compile_seconds(rounds: int = 3) -> list[dict[str, Any]]:
     return rows
 
 
+UPDATE_SHAPES = ((1, 4, 32, 32), (4, 4, 64, 64), (16, 4, 128, 128), (1, 16, 21, 90, 160))
+PIECE = 1 << 17  # elements per thread: accumulator and one term fit 1 MiB of a core's cache
+
+
+def in_pieces(terms: list[tuple[float, Tensor]], like: Tensor) -> Tensor:
+    """`combine`, piece by piece; the bits are the same."""
+    out = torch.empty_like(like)
+    size = PIECE * torch.get_num_threads()
+    pieces = [v.view(-1).split(size) for _, v in terms]
+    (first, _), *rest = terms
+    for k, piece in enumerate(out.view(-1).split(size)):
+        torch.mul(pieces[0][k], first, out=piece)
+        for j, (coefficient, _) in enumerate(rest, 1):
+            piece.add_(pieces[j][k], alpha=coefficient)
+    return out
+
+
+def by_addr(terms: list[tuple[float, Tensor]], like: Tensor) -> Tensor:
+    """`combine` with its first two terms in one pass."""
+    (a, x), (b, y), *rest = terms
+    one = torch.ones(1, dtype=x.dtype)
+    out = torch.addr(x.view(-1, 1), y.view(-1), one, beta=a, alpha=b).view(x.shape)
+    for coefficient, value in rest:
+        out.add_(value, alpha=coefficient)
+    return out
+
+
+def updates(rounds: int) -> list[dict[str, Any]]:
+    """One linear update, three ways: medians in microseconds and medians of the ratios to `combine`."""
+    ways = {"combine": combine, "pieces": in_pieces, "addr": by_addr}
+    rows = []
+    for shape in UPDATE_SHAPES:
+        for count in (2, 3, 4, 6):
+            terms = [(0.3 + 0.1 * i, torch.randn(shape)) for i in range(count)]
+            like = terms[0][1]
+            if not torch.equal(combine(terms, like), in_pieces(terms, like)):
+                raise SystemExit("pieces must not change a bit")
+            repeats = max(1, 200_000 // like.numel())
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(rounds):
+                for name, way in ways.items():
+                    begin = time.perf_counter()
+                    for _ in range(repeats):
+                        way(terms, like)
+                    seconds[name].append((time.perf_counter() - begin) / repeats)
+            row: dict[str, Any] = {"shape": shape, "terms": count, "threads": torch.get_num_threads()}
+            row["combine_us"] = 1e6 * statistics.median(seconds["combine"])
+            for name in ("pieces", "addr"):
+                pairs = zip(seconds[name], seconds["combine"], strict=True)
+                row[name] = statistics.median(a / b for a, b in pairs)
+            rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--shape", nargs="+", default=["1,4,32,32", "4,4,64,64"])
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--updates", action="store_true", help="only the table of single updates")
     parser.add_argument("--json", help="also write the numbers here")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
+    if options.updates:
+        print(f"one update on {torch.get_num_threads()} thread(s); pieces and addr as ratios")
+        print(f"{'shape':<22}{'terms':>6}{'combine us':>12}{'pieces':>8}{'addr':>8}")
+        found = updates(options.rounds)
+        for row in found:
+            print(
+                f"{row['shape']!s:<22}{row['terms']:>6}{row['combine_us']:>12.1f}{row['pieces']:>8.2f}{row['addr']:>8.2f}"
+            )
+        if options.json:
+            with open(options.json, "w", encoding="utf-8") as file:
+                json.dump({"updates": found, "torch": torch.__version__}, file, indent=1)
+        return
     rows = []
     for text in options.shape:
         shape = tuple(int(v) for v in text.split(","))
