@@ -282,17 +282,32 @@ def test_gpus_without_torchao_say_what_to_install(monkeypatch: pytest.MonkeyPatc
         variant(random_dit(depth=1).to("meta"), "int8d")  # any device that is not the CPU
 
 
-def test_torchao_quantises_the_same_layers() -> None:
-    """The GPU's route, run here on the CPU where torchao is installed."""
-    pytest.importorskip("torchao")
-    network = random_dit(width=64, depth=2)
+def check_torchao(exact: DiT) -> None:
+    network = precision.converted(exact, torch.bfloat16)
     quantised = precision._int8_torchao(network)
     for block in quantised.blocks:
         for name in BLOCK_LINEARS:
             inner = getattr(block, name).weight
             assert inner.qdata.dtype == torch.int8 and inner.scale.numel() == len(inner)  # a scale per output feature
     assert quantised.head.weight.data_ptr() == network.head.weight.data_ptr()
-    assert 1e-3 < stack_error(quantised, network) < 6e-2
+    assert 1e-3 < stack_error(quantised, exact) < 6e-2
+
+
+def test_torchao_quantises_the_same_layers() -> None:
+    """The GPU's route, run on the CPU where torchao is installed."""
+    pytest.importorskip("torchao")
+    check_torchao(random_dit(width=64, depth=2))
+
+
+@pytest.mark.gpu
+def test_int8_on_a_gpu() -> None:
+    pytest.importorskip("torchao")
+    network = random_dit(width=384).to("cuda")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.full((2,), 400.0), torch.zeros(2, dtype=torch.long)
+    args = [tensor.to("cuda") for tensor in (x, t, y)]
+    with torch.no_grad():
+        exact, ours = network(*args), variant(network, "int8d")(*args).float()
+    assert 1e-3 < (ours - exact).norm() / exact.norm() < 6e-2
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------

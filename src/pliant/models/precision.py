@@ -142,14 +142,14 @@ def int8_dynamic(network: DiT) -> DiT:
 
 
 def _int8_torchao(network: DiT) -> DiT:
-    """The same through torchao, whose int8 tensors sit inside ordinary linears."""
+    """The same through torchao, whose int8 tensors sit inside ordinary linears; all else in bf16, a GPU's default."""
     try:
         torchao = importlib.import_module("torchao.quantization")
     except ImportError as error:
         raise ConfigError(
             "precision 'int8d' on a GPU needs torchao: pip install torchao, or use 'bf16' here."
         ) from error
-    copy, _ = _float_base(network)
+    copy = _copy(network, torch.bfloat16)
 
     def of_a_block(module: nn.Module, path: str) -> bool:
         return isinstance(module, nn.Linear) and path.startswith("blocks.") and path.rsplit(".", 1)[-1] in BLOCK_LINEARS
