@@ -8,7 +8,6 @@ on whether the samples went through a file. `to_uint8(from_uint8(u)) == u` exact
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +16,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pliant.errors import DataError, PliantError, ShapeError
+from pliant.pictures import digit_levels, fitted, open_cell
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -86,24 +86,12 @@ class ImageSet:
 
 @cache
 def digits(split: Literal["train", "test", "all"] = "all") -> ImageSet:
-    """scikit-learn's 1,797 bundled 8x8 digits: (N, 1, 8, 8), white on black. Images 0, 5, 10, ... are the
-    test split.
+    """The bundled digits (`pliant.pictures.digit_levels`): (N, 1, 8, 8), white on black.
 
     Raises DataError for an unknown split, PliantError if scikit-learn is missing.
     """
-    if split not in ("train", "test", "all"):
-        raise DataError(f"digits has the splits train, test and all, not {split!r}")
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as e:
-        raise PliantError("the digits come with scikit-learn, which is not installed: pip install scikit-learn") from e
-    data = load_digits()
-    pixels = torch.from_numpy(np.asarray(data.images, dtype=np.float64))  # 0..16
-    images = (pixels / 16 * 255).round().to(torch.uint8)[:, None]
-    labels = torch.from_numpy(np.asarray(data.target, dtype=np.int64))
-    held_out = torch.arange(len(labels)) % 5 == 0
-    keep = {"train": ~held_out, "test": held_out, "all": torch.ones_like(held_out)}[split]
-    return ImageSet(f"digits ({split})", images[keep], labels[keep])
+    levels, labels = digit_levels(split)
+    return ImageSet(f"digits ({split})", (levels / 16 * 255).round().to(torch.uint8)[:, None], labels)
 
 
 def decode(data: bytes, what: str, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -113,12 +101,9 @@ def decode(data: bytes, what: str, size: tuple[int, int] | None = None) -> np.nd
     Raises DataError for something that is not a readable picture.
     """
     try:
-        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        return fitted(open_cell(data), "RGB", size)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise DataError(f"{what} is not a readable image ({e}); remove or replace it") from e
-    if size is not None and picture.size != (size[1], size[0]):
-        picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
 
 
 def _stacked(name: str, arrays: list[np.ndarray], labels: list[int] | None) -> ImageSet:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pliant.errors import DataError
-from pliant.training.data.decode import normalise, open_cell, to_pixels
+from pliant.pictures import digit_levels, open_cell
+from pliant.training.data.decode import normalise, to_pixels
 from pliant.training.data.sources import Source, open_source
 from pliant.training.draws import Draws
 
@@ -139,25 +140,13 @@ def decode_all(source: Source, channels: int, size: tuple[int, int]) -> ImageSet
 
 
 def digits(channels: int, size: tuple[int, int], split: str = "train") -> ImageSet:
-    """scikit-learn's 1797 bundled 8x8 digits, values 0..16 mapped to [-1, 1]; resized if needed.
-
-    Images 0, 5, 10, ... are the test split, as in `pliant.evaluation`. Raises DataError for an unknown split.
-    """
-    from sklearn.datasets import load_digits
-
-    if split not in ("train", "test", "all"):
-        raise DataError(f"digits has the splits train, test and all, not {split!r}")
-    data = load_digits()
-    pixels = torch.from_numpy(data.images).float()[:, None] / 8.0 - 1.0
+    """The bundled digits (`pliant.pictures.digit_levels`), levels 0..16 mapped to [-1, 1]; resized if needed."""
+    levels, labels = digit_levels(split)
+    pixels = levels.float()[:, None] / 8.0 - 1.0
     if size != (8, 8):
         pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
-    test = torch.arange(len(pixels)) % 5 == 0
-    keep = {"train": ~test, "test": test, "all": torch.ones_like(test)}[split]
-    return ImageSet(
-        pixels[keep].expand(-1, channels, -1, -1).contiguous(),
-        torch.from_numpy(data.target).long()[keep],
-        tuple(str(i) for i in range(10)),
-    )
+    names = tuple(str(i) for i in range(10))
+    return ImageSet(pixels.expand(-1, channels, -1, -1).contiguous(), labels, names)
 
 
 def open_images(
