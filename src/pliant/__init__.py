@@ -22,6 +22,7 @@ _PUBLIC = {
     "get_solver": "pliant.solvers",
     "load": "pliant.formats",
     "load_adapter": "pliant.formats",
+    "route_width": "pliant.adapters.route_width",
     "sample": "pliant.plans",
     "sample_steps": "pliant.plans",
     "save": "pliant.formats",
@@ -33,6 +34,7 @@ __all__ = ["__version__", *sorted(_PUBLIC)]
 if TYPE_CHECKING:
     from pliant.adapters.exits import attach_exits as attach_exits
     from pliant.adapters.flexify import flexify as flexify
+    from pliant.adapters.route_width import route_width as route_width
     from pliant.compute import Compute as Compute
     from pliant.denoiser import Denoiser as Denoiser
     from pliant.errors import PliantError as PliantError

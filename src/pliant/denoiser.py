@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pliant.adapters.alignment import Alignment, alignment, coarse, preconditioned, seen_from
 from pliant.adapters.exit_dit import ExitDiT
 from pliant.adapters.flexible_dit import FlexiDiT
+from pliant.adapters.width import DynamicDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, spent_macs
 from pliant.errors import ConfigError, ShapeError
 from pliant.models.dit import DiT, DiTConfig
@@ -34,7 +35,7 @@ from pliant.paths import (
     prediction_type,
 )
 
-Network: TypeAlias = DiT | FlexiDiT | ExitDiT
+Network: TypeAlias = DiT | FlexiDiT | ExitDiT | DynamicDiT
 
 
 @dataclass
@@ -89,6 +90,8 @@ class Denoiser:
     """The network is EDM's bare F, told c_noise instead of `network_time`; it was trained to predict "sample"."""
     trained: Trained | None = None
     """The path and prediction the network itself knows, where `path` is another one: see `on_path`."""
+    guide: Denoiser | None = None
+    """A worse model of the same data, for guidance against it (autoguidance); see `autoguided`."""
 
     def __post_init__(self) -> None:
         if self.preconditioning is not None and self.native.prediction != "sample":
@@ -193,6 +196,21 @@ class Denoiser:
         same = path == native.path and kind == native.prediction
         return replace(self, path=path, prediction=kind, trained=None if same else native)
 
+    def autoguided(self, guide: Denoiser) -> Denoiser:
+        """The same denoiser with a worse one to be guided away from (arXiv 2406.02507): smaller, or trained less.
+
+        Plans use it with `Guidance.auto(scale)`. Raises ConfigError unless both speak of the same states.
+        """
+        guide = guide if guide.path == self.path and guide.prediction == self.prediction else guide.on_path(
+            self.path, self.prediction
+        )
+        if (guide.sample_shape, guide.num_classes) != (self.sample_shape, self.num_classes):
+            raise ConfigError(
+                f"a guide predicts the same states and classes: this model has {self.sample_shape} and "
+                f"{self.num_classes} classes, the guide {guide.sample_shape} and {guide.num_classes}"
+            )
+        return replace(self, guide=guide)
+
     def match(self, t: float | Tensor) -> Match | None:
         """Where house times t lie on the path the network was trained on; None if it is this one."""
         return None if self.trained is None else match(self.trained.path, self.path, t)
@@ -234,8 +252,8 @@ class Denoiser:
 
     @property
     def core(self) -> DiT | FlexiDiT:
-        """The network without its exits."""
-        return self.network.base if isinstance(self.network, ExitDiT) else self.network
+        """The network without its exits or routers."""
+        return self.network.base if isinstance(self.network, ExitDiT | DynamicDiT) else self.network
 
     @property
     def exit_depths(self) -> tuple[int, ...]:
@@ -255,6 +273,8 @@ class Denoiser:
 
     def network_for(self, compute: Compute) -> DiT | FlexiDiT:
         """What a compute runs: the network without exits, or a plain one of exit + 1 blocks (see `exit_network`)."""
+        if isinstance(self.network, DynamicDiT):  # its base alone would be another model
+            raise ConfigError("the width of this model depends on the time; see pliant.adapters.width_slicing")
         depth = self.exit_of(compute)
         if depth is None or not isinstance(self.network, ExitDiT):
             return self.core
@@ -362,6 +382,8 @@ class Denoiser:
     def to(self, device: str | torch.device) -> Denoiser:
         """Moves the network in place and returns self, as modules do."""
         self.network.to(device)
+        if self.guide is not None:
+            self.guide.to(device)
         return self
 
     def through(self, forward: Callable[..., Tensor]) -> Denoiser:
@@ -375,6 +397,8 @@ class Denoiser:
             network["flex"] = self.core.spec.to_dict()
         if isinstance(self.network, ExitDiT):
             network["exits"] = self.network.spec.to_dict()
+        if isinstance(self.network, DynamicDiT):
+            network["width"] = self.network.spec.to_dict()
         identity = {
             "network": network,
             "path": self.path.to_config(),
@@ -394,6 +418,6 @@ class Denoiser:
         asks for is checked there.
         """
         identity = self.identity()
-        for added in ("flex", "exits"):
+        for added in ("flex", "exits", "width"):
             identity["network"].pop(added, None)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pliant.adapters import ExitDiT, FlexiDiT, FlexSpec
+from pliant.adapters import DynamicDiT, ExitDiT, FlexiDiT, FlexSpec
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
 from pliant.models.patches import patch_pair
@@ -26,6 +26,8 @@ def flexify(
     """
     if isinstance(denoiser.network, ExitDiT):
         raise ConfigError("flexify comes before exits: flexify the model without them, then attach_exits")
+    if isinstance(denoiser.network, DynamicDiT):
+        raise ConfigError("a network with width routers has one patch size; flexify its original")
     if isinstance(denoiser.network, FlexiDiT):
         raise ConfigError("this model is flexible already; flexify its original, naming all patch sizes at once")
     try:

@@ -1,7 +1,7 @@
 """Pliant's own model folder: `config.json` (what the tensors mean) and `model.safetensors` (the tensors).
 
-An adapter folder holds only the tensors that flexification (recipe "lora") or early exits added, in
-`adapter.safetensors`; its config names the architecture of the base it belongs to.
+An adapter folder holds only the tensors that flexification (recipe "lora"), early exits or width routers (on a frozen
+base) added, in `adapter.safetensors`; its config names the architecture of the base it belongs to.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from pliant.adapters.exit_dit import ExitDiT, ExitSpec
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.adapters.spec import FlexSpec
+from pliant.adapters.width import DynamicDiT, WidthSpec
 from pliant.denoiser import Denoiser, Network, Trained
 from pliant.errors import FormatError, PliantError
 from pliant.files import replaced_folder, write_json
@@ -42,8 +43,8 @@ def save(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None =
 
 
 def save_adapter(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None = None) -> None:
-    """Write only what was added: the exits if there are any, else what flexification added (recipe "lora")."""
-    if not isinstance(denoiser.network, FlexiDiT | ExitDiT):
+    """Write only what was added: exits or routers if there are any, else what flexification added (recipe "lora")."""
+    if not isinstance(denoiser.network, FlexiDiT | ExitDiT | DynamicDiT):
         raise FormatError(
             "this model is not flexible and has no exits, so it has no adapter; see pliant.flexify, attach_exits"
         )
@@ -97,6 +98,7 @@ class Meaning(NamedTuple):
     dit: DiTConfig
     flex: FlexSpec | None
     exits: ExitSpec | None
+    width: WidthSpec | None
     path: Path
     prediction: PredictionType
     network_time: NetworkTime
@@ -123,12 +125,13 @@ def parse(config: dict[str, Any], where: object) -> Meaning:
     if config.get("version") != VERSION:
         raise FormatError(f"{where} has config version {config.get('version')!r}, this Pliant reads version {VERSION}")
     try:
-        flex, exits = config["network"].get("flex"), config["network"].get("exits")
+        flex, exits, width = (config["network"].get(name) for name in ("flex", "exits", "width"))
         preconditioning, trained = config.get("preconditioning"), config.get("trained")
         return Meaning(
             dit=DiTConfig.from_dict(config["network"]["dit"]),
             flex=FlexSpec.from_dict(flex) if flex else None,
             exits=ExitSpec.from_dict(exits) if exits else None,
+            width=WidthSpec.from_dict(width) if width else None,
             path=path_from_config(config["path"]),
             prediction=prediction_type(config["prediction"]),
             network_time=NetworkTime.from_config(config["network_time"]),
@@ -150,6 +153,8 @@ def build(config: dict[str, Any], where: object) -> Denoiser:
     try:
         base = DiT(meaning.dit)
         network: DiT | FlexiDiT = FlexiDiT(base, meaning.flex) if meaning.flex else base
+        if meaning.width:
+            return meaning.denoiser(DynamicDiT(base, meaning.width))
         if meaning.exits:
             return meaning.denoiser(ExitDiT(network, meaning.exits))
         return meaning.denoiser(network)
@@ -177,7 +182,7 @@ def load(folder: str | FilePath) -> Denoiser:
     if not file.exists() and (folder / ADAPTER_FILE).exists():
         raise FormatError(f"{folder} holds only an adapter; load its base model first, then pliant.load_adapter")
     tensors = read_tensors(file)
-    if meaning.flex is None and meaning.exits is None:
+    if meaning.flex is None and meaning.exits is None and meaning.width is None:
         _check_fit(meta_dit(meaning.dit).state_dict(), tensors, file)
         names = list(tensors)
         del tensors
@@ -211,7 +216,7 @@ def _check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: o
 
 
 def load_adapter(denoiser: Denoiser, folder: str | FilePath) -> Denoiser:
-    """A base denoiser plus an adapter folder -> the flexible denoiser, or the one with exits.
+    """A base denoiser plus an adapter folder -> the flexible denoiser, or the one with exits or routers.
 
     The base's weights are shared, not copied (and frozen). Exits go on top: load a flexible adapter before them.
     """
@@ -222,11 +227,15 @@ def load_adapter(denoiser: Denoiser, folder: str | FilePath) -> Denoiser:
     if wanted.config != base.config:
         raise FormatError(f"{folder} was made for another architecture than this model; see both with 'pliant info'")
     if isinstance(wanted, DiT):
-        raise FormatError(f"{folder} adds neither patch sizes nor exits, so it is no adapter")
+        raise FormatError(f"{folder} adds neither patch sizes nor exits nor routers, so it is no adapter")
     if isinstance(wanted, FlexiDiT) and isinstance(denoiser.network, ExitDiT):
         raise FormatError(f"{folder} adds patch sizes, which go below exits; load it first, then the exits")
     try:
-        network = ExitDiT(core, wanted.spec) if isinstance(wanted, ExitDiT) else FlexiDiT(base, wanted.spec)
+        network: FlexiDiT | ExitDiT | DynamicDiT
+        if isinstance(wanted, DynamicDiT):
+            network = DynamicDiT(base, wanted.spec)
+        else:
+            network = ExitDiT(core, wanted.spec) if isinstance(wanted, ExitDiT) else FlexiDiT(base, wanted.spec)
         network.load_adapter_state_dict(read_tensors(folder / ADAPTER_FILE))
     except PliantError as error:
         raise FormatError(f"{folder}: {error}") from None

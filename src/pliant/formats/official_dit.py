@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pliant.adapters import ExitDiT, FlexiDiT
+from pliant.adapters import DynamicDiT, ExitDiT, FlexiDiT
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, FormatError
 from pliant.files import replaced_file
@@ -273,6 +273,8 @@ def plain_network_only(denoiser: Denoiser) -> None:
             f"this model was trained on path {denoiser.trained.path.name!r} and is used along {denoiser.path.name!r}; "
             f"only format 'pliant' can hold that. Save the model before on_path"
         )
+    if isinstance(denoiser.network, DynamicDiT) or denoiser.config.block_heads or denoiser.config.block_hidden:
+        raise FormatError("the blocks of this model differ in width and only format 'pliant' can hold that")
     if isinstance(denoiser.network, ExitDiT):
         raise FormatError(
             "this model has early exits and only format 'pliant' can hold them; to export it without them, save "

@@ -69,6 +69,9 @@ class Source:
         exits = self.identity["network"].get("exits")
         if exits:
             lines.append(f"early exits after {', '.join(map(str, exits['depths']))} of {config.depth} blocks")
+        width = self.identity["network"].get("width")
+        if width:
+            lines.append(f"dynamic width: routes {', '.join(width['routes'])} (base {width['base']})")
         return "\n".join([*lines, *self.notes])
 
 

@@ -89,7 +89,7 @@ def converted(network: DiT, dtype: torch.dtype) -> DiT:
 def _copy(network: DiT, dtype: torch.dtype) -> DiT:
     """A second network for inference in this dtype; it shares the tensors that have it already."""
     with torch.device("meta"):
-        copy = DiT(network.config)
+        copy = type(network)(network.config)
     copy.load_state_dict({k: v.to(dtype) for k, v in network.state_dict().items()}, assign=True)
     copy.positions = network.positions.to(dtype)
     return copy.requires_grad_(False)

@@ -49,6 +49,8 @@ class ModelConfig(Section):
     """Folder, file or Hub id of a model."""
     flexify: FlexifyConfig | None = None
     exits: ExitsConfig | None = None
+    width: dict[str, Any] | None = None
+    """Give the model routers of its width (DyDiT): fields of `WidthSpec`, {} for the paper's."""
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
@@ -124,8 +126,26 @@ class ExitDistillConfig(Section):
         return self
 
 
+class DynamicWidthConfig(Section):
+    """DyDiT: the model's own loss with routed width, and a FLOPs target. One model per target."""
+
+    name: Literal["dydit"]
+    target: float = Field(gt=0, le=1)
+    """Share of all attention and MLP work."""
+    own: Annotated[FlowMatchingConfig | DDPMConfig, Field(discriminator="name")] = FlowMatchingConfig()
+    weight: float = Field(default=2.0, ge=0)
+    """Of the FLOPs loss."""
+    hold: int = Field(default=100, ge=0)
+    """First steps that aim at everything."""
+    warmup: int = Field(default=1000, ge=0)
+    """From this step on the aim is `target`."""
+    complete_steps: int = Field(default=30_000, ge=0)
+    """Stage 1: so many steps also train the complete network."""
+
+
 ObjectiveConfig = Annotated[
-    FlowMatchingConfig | DDPMConfig | SharedConfig | DistillConfig | ExitDistillConfig, Field(discriminator="name")
+    FlowMatchingConfig | DDPMConfig | SharedConfig | DistillConfig | ExitDistillConfig | DynamicWidthConfig,
+    Field(discriminator="name"),
 ]
 
 
@@ -308,7 +328,9 @@ def _tags(section: type[Section]) -> tuple[Any, ...]:
     return typing.get_args(section.model_fields["name"].annotation)
 
 
-_TAGGED: tuple[type[Section], ...] = (FlowMatchingConfig, DDPMConfig, SharedConfig, DistillConfig, ExitDistillConfig)
+_TAGGED: tuple[type[Section], ...] = (
+    *(FlowMatchingConfig, DDPMConfig, SharedConfig, DistillConfig, ExitDistillConfig, DynamicWidthConfig),
+)
 
 
 def _reject_unknown(section: type[Section], tree: Any, prefix: str) -> None:

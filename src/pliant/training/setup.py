@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pliant.adapters.width import DynamicDiT, WidthSpec
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, DataError
 from pliant.models.autoencoders import config_scaling, downscale_factor, load_autoencoder
@@ -24,6 +25,7 @@ from pliant.training.config import (
     DataConfig,
     DDPMConfig,
     DistillConfig,
+    DynamicWidthConfig,
     ExitDistillConfig,
     FlowMatchingConfig,
     ModelConfig,
@@ -35,7 +37,9 @@ from pliant.training.data.latents import Scaling
 from pliant.training.draws import derived_seed
 from pliant.training.objectives import (
     DDPM,
+    DynamicWidth,
     ExitDistillation,
+    FlopsTarget,
     FlowMatching,
     MMDBootstrap,
     Objective,
@@ -53,6 +57,11 @@ def build_denoiser(config: TrainConfig) -> Denoiser:
         flex = config.model.flexify
         patches = [patch if isinstance(patch, int) else (patch[0], patch[-1]) for patch in flex.patch_sizes]
         denoiser = flexify(denoiser, patches, seed=config.seed, recipe=flex.recipe, **flex.options)
+    if config.model.width is not None:
+        from pliant.adapters.route_width import route_width
+
+        spec = WidthSpec.from_dict(config.model.width)
+        denoiser = route_width(denoiser, seed=config.seed, **spec.to_dict())
     if config.model.exits is not None:
         from pliant.adapters.exits import attach_exits
 
@@ -70,14 +79,15 @@ def _loaded(source: str) -> Denoiser:
 
 
 def _unfreeze(denoiser: Denoiser) -> None:
-    """Models for inference may come frozen. Recipe "lora" trains its modes, exits themselves, the rest all weights."""
+    """Models for inference may come frozen. Recipe "lora" trains its modes, exits and routers on a frozen base train
+    themselves, the rest all weights."""
     from pliant.adapters import ExitDiT, FlexiDiT
 
     network = denoiser.network
     network.requires_grad_(True)
     if isinstance(network, FlexiDiT) and network.spec.recipe == "lora":
         network.base.requires_grad_(False)
-    if isinstance(network, ExitDiT):
+    if isinstance(network, ExitDiT) or (isinstance(network, DynamicDiT) and network.spec.base == "frozen"):
         network.base.requires_grad_(False)
 
 
@@ -92,7 +102,7 @@ def _new(config: TrainConfig) -> Denoiser:
 
 def _own_objective(config: TrainConfig) -> str:
     objective = config.objective
-    return objective.own.name if isinstance(objective, SharedConfig) else objective.name
+    return objective.own.name if isinstance(objective, SharedConfig | DynamicWidthConfig) else objective.name
 
 
 def _path(config: TrainConfig) -> Path:
@@ -134,6 +144,11 @@ def _objective(config: Any, denoiser: Denoiser) -> Objective:
         own = _objective(config.own, denoiser)
         assert isinstance(own, (FlowMatching, DDPM))  # for the type checker: the config admits only these
         return SharedPatches(own, mmd)
+    if isinstance(config, DynamicWidthConfig):
+        own = _objective(config.own, denoiser)
+        assert isinstance(own, (FlowMatching, DDPM))
+        target = FlopsTarget(config.target, config.hold, config.warmup)
+        return DynamicWidth(own, target, config.weight, config.complete_steps)
     dropout = _class_dropout(config.class_dropout, denoiser)
     if isinstance(config, DDPMConfig):
         return DDPM(dropout)

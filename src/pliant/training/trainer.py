@@ -296,7 +296,7 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         """Put the averages into the network and export it."""
-        from pliant.adapters import ExitDiT, FlexiDiT
+        from pliant.adapters import DynamicDiT, ExitDiT, FlexiDiT
         from pliant.formats import native
 
         self.accelerator.wait_for_everyone()
@@ -309,7 +309,8 @@ class Trainer:
             try:
                 native.save(result, target)
                 lora = isinstance(network, FlexiDiT) and network.spec.recipe == "lora"
-                if lora or isinstance(network, ExitDiT):
+                routers = isinstance(network, DynamicDiT) and network.spec.base == "frozen"
+                if lora or routers or isinstance(network, ExitDiT):
                     native.save_adapter(result, self.folder / "adapter")
             except OSError as error:
                 reason = error.strerror or error
