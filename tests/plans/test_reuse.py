@@ -10,12 +10,22 @@ import torch
 
 from pliant.compute import Compute, Gate, Merge, Reuse, Subset
 from pliant.errors import PlanError
-from pliant.guidance import Guidance
+from pliant.guidance import Banded, Guidance, Projected, Zero
 from pliant.plans import Plan, Sampler, sample
 from pliant.plans.schema import plan_schema
 
 FULL = Compute(write=("branch",))
 CHEAP = Compute(sites="C4", reuse=Reuse("branch"))
+
+
+GUIDANCES = (
+    None,
+    Guidance(2.0, rule=Projected(0.1, -0.5, 2.0), rescale=0.7, channels=1),
+    Guidance(2.0, "remembered", moderation=0.5),
+    Guidance(2.0, "difference", gain=(1.1, 0.9), rule=Banded(1.5)),
+    Guidance.auto(1.4),
+    Guidance.weak_model(1.4, Compute(sites="R2K2"), rule=Zero()),
+)
 
 
 def with_computes(plan: Plan, computes: list[Compute], guidance: Guidance | None = None) -> Plan:
@@ -125,6 +135,8 @@ def test_plans_survive_files_and_follow_the_schema(make, tmp_path) -> None:  # t
         Compute(sites="R2K2"),
     ]
     plan = with_computes(Plan.uniform(model, 6, "euler"), computes)
+    steps = [replace(s, guidance=g) for s, g in zip(plan.steps, GUIDANCES, strict=True)]
+    plan = plan.with_steps(steps)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     jsonschema.validate(plan.to_dict(), plan_schema())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pliant.compute import MATMUL, Compute, Convention
 from pliant.denoiser import Denoiser
 from pliant.guidance import Guidance
+from pliant.plans.calls import evaluation_calls
 
 if TYPE_CHECKING:
     from pliant.plans.plan import Plan
@@ -38,9 +39,12 @@ def call_flops(
     model: Denoiser, compute: Compute, guidance: Guidance | None, convention: Convention = MATMUL, hit: bool = False
 ) -> int:
     """FLOPs of one evaluation: the conditional call and, if guided, its reference call. hit: if their gates reuse."""
-    flops = model.least_flops if hit else model.flops
-    total = flops(compute, convention)
-    return total if guidance is None else total + flops(guidance.compute or compute, convention)
+    total = 0
+    for call in evaluation_calls(compute, guidance):
+        own = call.model(model)
+        flops = own.least_flops if hit else own.flops
+        total += len(call.streams) * flops(call.compute, convention)
+    return total
 
 
 def evaluations_per_step(plan: Plan, model: Denoiser) -> list[int]:
@@ -67,6 +71,11 @@ def plan_cost(plan: Plan, model: Denoiser, convention: Convention = MATMUL) -> P
             least = call_flops(model, s.compute, s.guidance, convention, hit=True)
             saved += (n - (s.compute not in seen)) * (most - least)
             seen.add(s.compute)
-    calls = [n * (1 if s.guidance is None else 2) for n, s in zip(counts, plan.steps, strict=True)]
+    streams = [
+        n * sum(len(call.streams) for call in evaluation_calls(s.compute, s.guidance))
+        for n, s in zip(counts, plan.steps, strict=True)
+    ]
+    # Full compute: every call at the model's own patch size, and what guidance saves by not calling is not forgotten.
+    whole = [n * (1 if s.guidance is None else 2) for n, s in zip(counts, plan.steps, strict=True)]
     total = sum(step_flops)
-    return PlanCost(total, sum(calls) * full, sum(counts), sum(calls), step_flops, total - saved)
+    return PlanCost(total, sum(whole) * full, sum(counts), sum(streams), step_flops, total - saved)

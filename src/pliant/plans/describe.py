@@ -18,10 +18,10 @@ def _guidance_text(guidance: Guidance | None, model: Denoiser) -> str:
     if guidance is None:
         return "-"
     if guidance.against == "weak" and guidance.compute is not None:
-        text = f"weak {patch_name(model.patch_of(guidance.compute))} {guidance.scale:g}"
-    else:
-        text = f"cfg {guidance.scale:g}"
-    return text if guidance.channels is None else f"{text} ({guidance.channels} ch)"
+        weak, patch = guidance.compute, patch_name(model.patch_of(guidance.compute))
+        if weak == Compute(patch=weak.patch, merged=weak.merged, precision=weak.precision):
+            return guidance.describe().replace(weak.describe(), patch)
+    return guidance.describe()
 
 
 HEADINGS = ("steps", "t", "solver", "patch", "precision", "runs", "cache", "guidance")

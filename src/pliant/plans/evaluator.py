@@ -7,23 +7,46 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pliant.compute import Cache, Compute, Moment
+from pliant.compute import Cache, Moment
 from pliant.denoiser import Denoiser
-from pliant.guidance import guide
+from pliant.errors import PlanError
+from pliant.guidance import Guidance, Memory, guided
+from pliant.guidance.rules import bands
+from pliant.guidance.virtual_negative import virtual_rows
+from pliant.paths import AlphaSigma
 from pliant.plans.calls import Call, cache_depth, calls_of
-from pliant.plans.engine import BoundCalls, Lowered, packed_pair
+from pliant.plans.engine import BoundCalls, Lowered, packed_pair, share_tables
 from pliant.plans.plan import Plan
-from pliant.solvers import Eval, Output, Program
+from pliant.solvers import Eval, Node, Output, Program
+from pliant.solvers.interpreter import sample_coefficients
+
+Answer = tuple[Tensor, Tensor | None]
+"""(value, variance code) of one call."""
 
 
 class Evaluator:
-    """Picks the calls of an evaluation's step, runs and combines them. One per request: it owns the cache."""
+    """Picks the calls of an evaluation's step, runs and combines them. One per request: it owns what is remembered."""
 
     def __init__(
-        self, model: Denoiser, plan: Plan, program: Program, lowered: Mapping[Compute, Lowered], labels: Tensor
+        self,
+        model: Denoiser,
+        plan: Plan,
+        program: Program,
+        lowered: Mapping[Call, Lowered],
+        labels: Tensor,
+        origin: Tensor | None = None,
     ) -> None:
+        """origin: clean images (B, C, H, W) for guidance against them. Raises PlanError if they are missing."""
         self.plan = plan
+        self.stored = program.stored
         self.cache = Cache(cache_depth(plan))
+        self.memory = Memory()
+        self.origin = origin
+        guidances = [s.guidance for s in plan.steps if s.guidance is not None]
+        if origin is None and any(g.against == "origin" for g in guidances):
+            raise PlanError("this plan guides away from an image: pass origin=, the clean images (B, C, H, W)")
+        self.keeps_difference = any(g.against == "difference" for g in guidances)
+        self.keeps_clean = any(g.against == "remembered" for g in guidances)
         self.calls = [calls_of(step) for step in plan.steps]
         self.wanted: dict[Call, list[float]] = {}
         self.position: dict[tuple[int, Call], int] = {}
@@ -33,27 +56,70 @@ class Evaluator:
                 self.position[evaluation.out, call] = len(times)
                 times.append(evaluation.node.t)
         null = torch.full_like(labels, model.num_classes)
-        rows = {"cond": labels, "null": null, "weak": labels}
+        rows = {"cond": labels, "null": null, "weak": labels, "guide": labels}
         self.bound: dict[Call, BoundCalls] = {}
         for call, times in self.wanted.items():
             here = torch.cat([rows[s] for s in call.streams])
-            self.bound[call] = lowered[call.compute].bind(times, here, self.cache, call.streams)
+            self.bound[call] = lowered[call].bind(times, here, self.cache, call.streams)
+        share_tables([(b, [out for out, c in self.position if c == call]) for call, b in self.bound.items()])
 
     def __call__(self, x: Tensor, evaluation: Eval) -> Output:
-        step = self.plan.steps[evaluation.step]
+        guidance = self.plan.steps[evaluation.step].guidance
         calls = self.calls[evaluation.step]
+        if not calls:  # a still step: no velocity
+            return Output(torch.zeros_like(x))
         answers = self._answers(x, calls, evaluation)
-        if step.guidance is None:
+        if guidance is None:
             return Output(*answers[0])
-        if len(answers) == 1:  # conditional and null ran as one batch
+        if len(calls[0].streams) == 2:  # conditional and null ran as one batch
             (values, variances), n = answers[0], len(x)
-            conditional, reference = values[:n], values[n:]
-            variance = None if variances is None else variances[:n]
+            answers = [(values[:n], None if variances is None else variances[:n]), (values[n:], None)]
+        conditional, variance = answers[0]
+        node = evaluation.node
+        if guidance.called:
+            reference = answers[1][0]
+            self._remember(conditional, reference, x, node)
         else:
-            (conditional, variance), (reference, _) = answers
-        return Output(guide(conditional, reference, step.guidance.scale, step.guidance.channels), variance)
+            reference = self._from_memory(guidance, conditional, x, node)
+        if guidance.rule.space == "stored":
+            return Output(guided(guidance, conditional, reference, self.memory), variance)
+        p, q = sample_coefficients(self.stored, node)
+        state = x if guidance.channels is None else x[:, : guidance.channels]
 
-    def _answers(self, x: Tensor, calls: list[Call], evaluation: Eval) -> list[tuple[Tensor, Tensor | None]]:
+        def to_sample(value: Tensor) -> Tensor:
+            return torch.add(p * state, value.to(state.dtype), alpha=q)
+
+        def from_sample(clean: Tensor) -> Tensor:
+            return torch.sub(clean, state, alpha=p) / q
+
+        return Output(guided(guidance, conditional, reference, self.memory, to_sample, from_sample), variance)
+
+    def _remember(self, conditional: Tensor, reference: Tensor, x: Tensor, node: Node) -> None:
+        """Keep what later steps will use of a computed reference."""
+        if self.keeps_difference:
+            self.memory.difference = conditional - reference
+        if self.keeps_clean:
+            p, q = sample_coefficients(self.stored, node)
+            self.memory.clean = torch.add(p * x, reference.to(x.dtype), alpha=q)
+
+    def _from_memory(self, guidance: Guidance, conditional: Tensor, x: Tensor, node: Node) -> Tensor:
+        """A reference without a call."""
+        if guidance.against == "difference":
+            difference = self.memory.difference
+            assert difference is not None  # the plan was checked
+            low, high = guidance.gain
+            if low != high:
+                coarse, fine = bands(difference, 0.5)
+                return conditional - low * coarse - high * fine
+            return torch.sub(conditional, difference, alpha=low)
+        clean = self.origin if guidance.against == "origin" else self.memory.clean
+        assert clean is not None
+        numbers = (node.alpha, node.sigma, node.dalpha, node.dsigma)
+        at = AlphaSigma(*(torch.tensor(v, dtype=torch.float64) for v in numbers))
+        on_state, on_clean = (float(v) for v in virtual_rows(self.stored, at, guidance.moderation))
+        return torch.add(on_state * x, clean.to(x.dtype), alpha=on_clean)
+
+    def _answers(self, x: Tensor, calls: list[Call], evaluation: Eval) -> list[Answer]:
         """(value, variance) of every call; a batch of two streams has twice the rows."""
         places = [self.position[evaluation.out, call] for call in calls]
         if len(calls) == 2:

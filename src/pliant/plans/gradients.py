@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser, Prediction
 from pliant.errors import PlanError, suggest
-from pliant.guidance import guide
+from pliant.guidance import Linear, guide
+from pliant.plans.calls import reuses
 from pliant.plans.noise import batch_noise, check_seeds, start_state
 from pliant.plans.plan import Plan
 from pliant.plans.sampling import check_labels, check_offset
@@ -98,6 +99,7 @@ def differentiable_sample(
     of stochastic solvers. mu: as in `sample`; it may require grad.
     """
     plan.check(model)
+    _check_plain(plan)
     labels = check_labels(cond, model)
     program = plan.program(model)
     mu = check_offset(program, mu, (len(labels), *model.sample_shape), model.device)
@@ -123,6 +125,18 @@ def label_embedding(model: Denoiser, labels: Tensor) -> Tensor:
     return out
 
 
+def _check_plain(plan: Plan) -> None:
+    """Raise PlanError, naming the step, for what the adjoint does not differentiate: memory between evaluations."""
+    for i, step in enumerate(plan.steps):
+        guidance = step.guidance
+        if reuses(plan.with_steps([step])):
+            raise PlanError(f"step {i} keeps or reuses parts of the network; gradients need steps that run all of it")
+        if guidance is not None and not (
+            guidance.against in ("null", "weak") and guidance.rule == Linear() and not guidance.rescale
+        ):
+            raise PlanError(f"step {i} is guided by {guidance.describe()!r}; gradients know plain guidance only")
+
+
 def _evaluator(model: Denoiser, plan: Plan, labels: Tensor, embedding: Tensor | None) -> Evaluate:
     """A plain, differentiable form of what the sampling engine does: weights as stored, one call after another."""
     null = torch.full_like(labels, model.num_classes)
@@ -139,7 +153,7 @@ def _evaluator(model: Denoiser, plan: Plan, labels: Tensor, embedding: Tensor | 
         if step.guidance is None:
             return Output(main.value, main.variance)
         g = step.guidance
-        reference = call(x, t, labels if g.against == "weak" else null, g.compute or step.compute)
+        reference = call(x, t, null if g.against == "null" else labels, g.compute or step.compute)
         return Output(guide(main.value, reference.value, g.scale, g.channels), main.variance)
 
     return evaluate

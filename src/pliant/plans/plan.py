@@ -19,7 +19,7 @@ from pliant.files import write_json
 from pliant.guidance import Guidance
 from pliant.models.precision import check_precision
 from pliant.paths import Path, make_grid, path_from_config
-from pliant.plans.calls import check_reuse, reuses
+from pliant.plans.calls import calls_of, check_references, check_reuse, reuses
 from pliant.plans.cost import PlanCost, plan_cost
 from pliant.solvers import Program, Solver, SolverLike, compile_program, get_solver
 
@@ -113,6 +113,21 @@ class Plan:
         """The same plan with other steps."""
         return replace(self, steps=tuple(steps))
 
+    def cached(self, model: Denoiser, name: str, calibrate: int | None = None, **options: Any) -> Plan:
+        """This plan with a caching preset, e.g. `plan.cached(model, "teacache", threshold=0.2)`.
+
+        See `pliant.plans.caching.with_caching`.
+        """
+        from pliant.plans.caching import with_caching
+
+        return with_caching(self, model, name, calibrate, **options)
+
+    def freeze(self, model: Denoiser, cond: Sequence[int], seeds: Sequence[int] | None = None) -> Plan:
+        """The static plan of what this plan's gates decide on these samples. See `pliant.plans.caching.freeze`."""
+        from pliant.plans.caching import freeze
+
+        return freeze(self, model, cond, list(range(len(cond))) if seeds is None else seeds)
+
     # What it says -------------------------------------------------------------------------------------------------
 
     @property
@@ -145,6 +160,7 @@ class Plan:
                 check_step(step, model)
             except PliantError as error:
                 raise PlanError(f"step {i} (t={step.t:g}): {error}") from None
+        check_references(self, model)
         if reuses(self):
             check_reuse(self, self.program(model), model)
 
@@ -229,12 +245,32 @@ class Plan:
 
 def check_step(step: Step, model: Denoiser) -> None:
     """Raise a PliantError unless the model can run this step's calls."""
-    patch, leave = model.patch_of(step.compute), model.exit_of(step.compute)
-    check_precision(step.compute.precision)
-    if step.guidance is None:
+    model.patch_of(step.compute)
+    model.exit_of(step.compute)
+    for call in calls_of(step):
+        check_precision(call.compute.precision)
+        own = call.model(model)
+        own.patch_of(call.compute)
+        own.exit_of(call.compute)
+    if step.guidance is not None:
+        check_guidance(step.guidance, step.compute, model)
+
+
+def check_guidance(guidance: Guidance, compute: Compute, model: Denoiser) -> None:
+    """Raise a PliantError unless this guidance means something for calls with `compute`."""
+    channels = guidance.channels
+    if channels is not None and channels > model.config.in_channels:
+        raise PlanError(f"guidance asks for {channels} channels, the model has {model.config.in_channels}")
+    if guidance.rule.space == "sample" and model.prediction == "score":
+        raise PlanError("this guidance rule works on clean-data estimates; use another prediction than 'score'")
+    if guidance.still and model.prediction != "velocity":
+        raise PlanError(f"a still step predicts zero velocity; this model predicts {model.prediction!r}")
+    if not guidance.called:
         return
-    reference = step.guidance.compute or step.compute
-    check_precision(reference.precision)
+    reference = guidance.compute or compute
+    if guidance.against == "guide":
+        return
+    patch, leave = model.patch_of(compute), model.exit_of(compute)
     coarser, earlier = model.patch_of(reference), model.exit_of(reference)
     if coarser[0] * coarser[1] < patch[0] * patch[1]:
         raise PlanError(
@@ -246,13 +282,10 @@ def check_step(step: Step, model: Denoiser) -> None:
             f"the guidance call runs deeper than the conditional call, which leaves after {leave} blocks; "
             f"guidance compares with an equal or weaker call"
         )
-    if step.guidance.against == "null":
+    if guidance.against == "null":
         _ = model.null_label
-    elif (coarser, earlier) == (patch, leave):
-        raise PlanError("weak-model guidance with the same patch size as the conditional call guides nowhere")
-    channels = step.guidance.channels
-    if channels is not None and channels > model.config.in_channels:
-        raise PlanError(f"guidance asks for {channels} channels, the model has {model.config.in_channels}")
+    elif replace(reference, merged=compute.merged, patch=coarser) == replace(compute, patch=patch):
+        raise PlanError("weak-model guidance with a call as strong as the conditional one guides nowhere")
 
 
 def make_times(model: Denoiser, steps: int, times: Times) -> list[float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
-from pliant.plans.calls import computes_of
+from pliant.plans.calls import calls_in
 from pliant.plans.engine import Lowered, Networks
 from pliant.plans.evaluator import Evaluator
 from pliant.plans.noise import batch_noise, check_seeds, start_state
@@ -57,7 +57,11 @@ class Sampler:
         self.plan = plan
         self.program: Program = plan.program(model)
         networks: Networks = {}
-        self.lowered = {c: Lowered(model, c, networks) for c in computes_of(plan)}
+        guides: Networks = {}
+        self.lowered = {
+            call: Lowered(call.model(model), call.compute, guides if call.streams == ("guide",) else networks)
+            for call in calls_in(plan)
+        }
 
     def steps(
         self,
@@ -65,11 +69,13 @@ class Sampler:
         seeds: Sequence[int],
         x: Tensor | None = None,
         mu: Tensor | None = None,
+        origin: Tensor | None = None,
     ) -> Iterator[StepResult]:
         """Run the plan, yielding after each step its index, state `x` and the `x0` estimate (both (B, C, H, W)).
 
         cond: class labels; seeds: one per sample; x: start state instead of seeded noise, (B, C, H, W); mu: the images
-        that a path with an offset drifts to (the degraded ones of restoration), (B, C, H, W), for such paths only.
+        that a path with an offset drifts to (the degraded ones of restoration), (B, C, H, W), for such paths only;
+        origin: clean images (B, C, H, W) for guidance against "origin".
         """
         model = self.model
         labels = check_labels(cond, model)
@@ -79,7 +85,9 @@ class Sampler:
             x = start_state(self.program.start, seeds, model.sample_shape, model.device, model.path, mu)
         elif tuple(x.shape) != (len(labels), *model.sample_shape):
             raise PlanError(f"the start state must be {(len(labels), *model.sample_shape)}, got {tuple(x.shape)}")
-        evaluate = Evaluator(model, self.plan, self.program, self.lowered, labels)
+        if origin is not None and origin.shape != x.shape:
+            raise PlanError(f"origin must be images of the states' shape {tuple(x.shape)}, got {tuple(origin.shape)}")
+        evaluate = Evaluator(model, self.plan, self.program, self.lowered, labels, origin)
         noise = lambda slot: batch_noise(seeds, slot, model.sample_shape, model.device)  # noqa: E731
         results = run(self.program, x.to(model.device), evaluate, noise, mu)
         while True:
@@ -95,10 +103,11 @@ class Sampler:
         seeds: Sequence[int],
         x: Tensor | None = None,
         mu: Tensor | None = None,
+        origin: Tensor | None = None,
     ) -> Tensor:
         """The final state (B, C, H, W)."""
         final = x
-        for result in self.steps(cond, seeds, x, mu):
+        for result in self.steps(cond, seeds, x, mu, origin):
             final = result.x
         if final is None:  # a plan has at least one step
             raise PlanError("this plan has no steps")
@@ -112,9 +121,10 @@ def sample_steps(
     seeds: Sequence[int] | None = None,
     x: Tensor | None = None,
     mu: Tensor | None = None,
+    origin: Tensor | None = None,
 ) -> Iterator[StepResult]:
     """Sample step by step: yields (index, x, x0) objects. `seeds` default to 0, 1, 2, ...; x, mu: `Sampler.steps`."""
-    return Sampler(model, plan).steps(cond, _default_seeds(cond, seeds), x, mu)
+    return Sampler(model, plan).steps(cond, _default_seeds(cond, seeds), x, mu, origin)
 
 
 def sample(
@@ -125,10 +135,12 @@ def sample(
     batch_size: int = 64,
     x: Tensor | None = None,
     mu: Tensor | None = None,
+    origin: Tensor | None = None,
 ) -> Tensor:
     """Sample all labels, `batch_size` at a time -> (B, C, H, W). Image k depends on its own label and seed only.
 
-    x, mu: start states and, for paths with an offset, the images they drift to; see `Sampler.steps`.
+    x, mu, origin: start states, the images that a path with an offset drifts to, and those that guidance leads away
+    from; see `Sampler.steps`.
     """
     seeds = _default_seeds(cond, seeds)
     sampler = Sampler(model, plan)
@@ -138,8 +150,8 @@ def sample(
     parts = []
     for i in range(0, len(labels), batch_size):
         part = slice(i, i + batch_size)
-        states, offsets = (None if v is None else v[part] for v in (x, mu))
-        parts.append(sampler(labels[part], seeds[part], states, offsets))
+        states, offsets, origins = (None if v is None else v[part] for v in (x, mu, origin))
+        parts.append(sampler(labels[part], seeds[part], states, offsets, origins))
     return torch.cat(parts)
 
 

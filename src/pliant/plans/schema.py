@@ -7,6 +7,7 @@ from typing import Any, get_args
 from pliant.compute.gate import Reference, Signal
 from pliant.compute.reuse import MAX_ORDER, Basis, Clock, ReuseKind
 from pliant.compute.tokens import Rule
+from pliant.guidance import AGAINST, RULES
 from pliant.paths import known_paths
 from pliant.plans.plan import FORMAT, VERSION
 from pliant.solvers import SOLVERS
@@ -84,9 +85,13 @@ def plan_schema() -> dict[str, Any]:
     guidance = _object(
         {
             "scale": {"type": "number"},
-            "against": {"enum": ["null", "weak"]},
+            "against": {"enum": list(AGAINST)},
             "compute": _or_null(compute),
             "channels": _or_null({"type": "integer", "minimum": 1}),
+            "rule": _object({"name": {"enum": list(RULES)}}, ["name"], extra=True),
+            "rescale": {"type": "number", "minimum": 0, "maximum": 1},
+            "moderation": {"type": "number"},
+            "gain": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
         },
         ["scale"],
     )

@@ -22,7 +22,7 @@ from pliant.plans.noise import seeded_noise
 from pliant.tasks.streaming.calls import RowCalls
 from pliant.tasks.streaming.guidance import StreamGuidance
 from pliant.tasks.streaming.levels import alpha_sigma, column, levels_of, levels_plan
-from pliant.tasks.streaming.virtual_negative import moderated_rows, virtual_rows
+from pliant.guidance.virtual_negative import moderated_rows, virtual_rows
 
 
 @dataclass(frozen=True)

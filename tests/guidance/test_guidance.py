@@ -98,7 +98,7 @@ def test_round_trip(guidance: Guidance) -> None:
     ("fields", "message"),
     [
         ({"scale": 2.0, "against": "weak"}, "needs that call's compute"),
-        ({"scale": 2.0, "against": "nul"}, "'null' or 'weak'"),
+        ({"scale": 2.0, "against": "nul"}, "did you mean 'null'"),
         ({"scale": 2.0, "channels": 0}, "at least 1 channel"),
         ({"scale": 2.0, "factor": 1}, "takes scale, against"),
         ({}, "takes scale, against"),

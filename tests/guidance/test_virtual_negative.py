@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from pliant.errors import ConfigError
 from pliant.guidance import guide
-from pliant.paths import PREDICTION_TYPES, AlphaSigma, get_path
-from pliant.tasks.streaming.guidance import StreamGuidance
-from pliant.tasks.streaming.virtual_negative import (
+from pliant.guidance.virtual_negative import (
     guided_noise,
     moderated_rows,
     next_virtual_noise,
     virtual_noise,
     virtual_rows,
 )
+from pliant.paths import PREDICTION_TYPES, AlphaSigma, get_path
+from pliant.tasks.streaming.guidance import StreamGuidance
 
 LEVELS = (0.9, 0.65, 0.4, 0.15)
 

@@ -1,0 +1,73 @@
+"""Guidance that changes along the plan: plan -> plan, in the order of the papers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pliant.errors import PlanError
+from pliant.guidance import Guidance, Zero
+from pliant.plans.plan import Plan
+
+
+def guided_between(plan: Plan, guidance: Guidance, least: float, most: float) -> Plan:
+    """Guidance only where the noise ratio sigma/alpha lies in [least, most]; other steps make no reference call.
+
+    Decided at the start of a step and kept for all its evaluations (interval guidance, arXiv 2404.07724). On the
+    linear path the ratio is t/(1-t), so [0.283, 1.609] is t in [0.22, 0.62]. Raises PlanError if no step is inside.
+    """
+    if not 0 <= least < most:
+        raise PlanError(f"the guidance interval [{least:g}, {most:g}] is empty; give 0 <= least < most")
+    inside = [least <= float(plan.path.noise_ratio(s.t)) <= most for s in plan.steps]
+    if not any(inside):
+        ratios = [float(plan.path.noise_ratio(s.t)) for s in plan.steps]
+        raise PlanError(
+            f"no step starts at a noise ratio in [{least:g}, {most:g}]: this plan's are {min(ratios):.3g} to "
+            f"{max(ratios):.3g}"
+        )
+    return plan.with_steps(
+        replace(s, guidance=guidance if here else None) for s, here in zip(plan.steps, inside, strict=True)
+    )
+
+
+def zero_star(plan: Plan, scale: float, still: int | None = None) -> Plan:
+    """CFG-Zero* (arXiv 2503.18886) at every step; the first `still` of them (default 4 %) leave the state alone.
+
+    Raises PlanError if no step is left to move.
+    """
+    count = round(0.04 * len(plan.steps)) if still is None else still
+    if not 0 <= count < len(plan.steps):
+        raise PlanError(f"{count} still steps of {len(plan.steps)}: some step must move the state")
+    rules = [Zero(still=True)] * count + [Zero()] * (len(plan.steps) - count)
+    return plan.with_steps(
+        replace(s, guidance=Guidance.cfg(scale, rule=rule)) for s, rule in zip(plan.steps, rules, strict=True)
+    )
+
+
+def computed_once(plan: Plan, scale: float, moderation: float = 1.0) -> Plan:
+    """The unconditional prediction is computed at the first step only, and remembered as the clean data it saw.
+
+    StreamDiffusion's one-time negative (arXiv 2312.12491): a guided plan at the price of one more call.
+    """
+    first = Guidance.cfg(scale)
+    later = Guidance(scale, "remembered", moderation=moderation)
+    return plan.with_steps(
+        replace(s, guidance=first if i == 0 else later) for i, s in enumerate(plan.steps)
+    )
+
+
+def computed_every(
+    plan: Plan, guidance: Guidance, period: int, first: int = 1, gain: tuple[float, float] = (1.0, 1.0)
+) -> Plan:
+    """The reference is computed at the first `first` steps, then at every `period`-th; in between it is reused.
+
+    gain: what the reused difference's low and high frequencies are multiplied with (FasterCache, arXiv 2410.19355);
+    the stored difference itself never changes. Raises PlanError for a period below 1 or without a first step.
+    """
+    if period < 1 or first < 1:
+        raise PlanError(f"a reference computed every {period} steps, first for {first}: both must be at least 1")
+    reused = Guidance(guidance.scale, "difference", channels=guidance.channels, rule=guidance.rule,
+                      rescale=guidance.rescale, gain=gain)  # fmt: skip
+    return plan.with_steps(
+        replace(s, guidance=guidance if i < first or (i - first + 1) % period == 0 else reused)
+        for i, s in enumerate(plan.steps)
+    )
