@@ -13,7 +13,7 @@ from pliant.compute.sites import format_sites, parse_sites, runs
 from pliant.compute.tokens import Subset, Tokens, tokens_from_dict, tokens_to_dict
 from pliant.errors import ConfigError, suggest
 
-WRITES = ("branch", "span(first,last)", "out", "drift", "state", "kv")
+WRITES = ("branch", "increment", "span(first,last)", "out", "drift", "state", "kv")
 _SPAN = re.compile(r"span\((\d+),(\d+)\)")
 
 
@@ -41,7 +41,7 @@ class Compute:
     tokens: Tokens | None = None
     """Fewer tokens; None: all of them."""
     write: tuple[str, ...] = ()
-    """What this call leaves in the cache: "branch", "span(4,20)", "out", "drift", "state", "kv"."""
+    """What this call leaves in the cache: "branch", "increment", "span(4,20)", "out", "drift", "state", "kv"."""
     gate: Gate | None = None
     """Decide while sampling whether the call may be cheaper. `sites` and `write` are those of a miss."""
 
@@ -82,6 +82,8 @@ class Compute:
             raise ConfigError(f"a gate with a probe of {self.gate.probe} sites needs sites that begin with R there")
         if isinstance(self.tokens, Subset) and (self.sites is not None or self.gate is not None or self.write):
             raise ConfigError("a subset of tokens runs all sites and writes nothing; leave out sites, write and gate")
+        if "branch" in self.write and "increment" in self.write:
+            raise ConfigError("a call keeps branches or increments, not both")
         for first, last in self.spans:
             if letters and last > len(letters):
                 raise ConfigError(f"compute writes span({first},{last}) but has only {len(letters)} sites")
@@ -179,7 +181,7 @@ class Compute:
 
 def _write_key(item: str) -> tuple[str, int, int]:
     """Sorts what is written; raises ConfigError for what cannot be."""
-    if item in ("branch", "kv", *WHOLE):
+    if item in ("branch", "increment", "kv", *WHOLE):
         return item, 0, 0
     match = _SPAN.fullmatch(item) if isinstance(item, str) else None
     if match is None or not int(match[1]) < int(match[2]):

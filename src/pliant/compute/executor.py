@@ -164,13 +164,18 @@ class Call:
             if isinstance(op, Run):
                 state = model.run(op.first, op.last, state, context)
             elif isinstance(op, RunStore):
-                branch = model.inner(op.site, model.norm(op.site, state, context), context)
-                self._write(("branch", op.site, op.site + 1), branch, rows, total)
+                seen = model.norm(op.site, state, context)
+                branch = model.traced(op.site, seen, context) if op.increment else model.inner(op.site, seen, context)
+                kind = "increment" if op.increment else "branch"
+                self._write((kind, op.site, op.site + 1), branch, rows, total)
+                branch = branch[:1] if op.increment else branch
                 state = model.add(op.site, state, branch, context)
             elif isinstance(op, AddBranch):
                 assert reuse is not None
-                key = (self.network, ("branch", op.site, op.site + 1))
+                key = (self.network, (reuse.kind, op.site, op.site + 1))
                 branch = self.cache.read(key, self.streams, reuse, self.moment, state[0].dtype, rows)
+                if op.rank is not None:
+                    branch = model.corrected(op.site, model.norm(op.site, state, context), branch, op.rank, context)
                 state = model.add(op.site, state, branch, context)
             elif isinstance(op, AddSpan):
                 assert reuse is not None

@@ -29,6 +29,8 @@ class RunStore:
     """Run one site and keep its branch."""
 
     site: int
+    increment: bool = False
+    """Keep what its linear layers see and put out, too."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class AddBranch:
     """Add the forecast of one site's branch through the gate of now."""
 
     site: int
+    rank: int | None = None
+    """Of the correction by the change of what the site sees."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +135,16 @@ def read_slots(reuse: Reuse | None, letters: str) -> tuple[Slot, ...]:
     spans = [(a, b) for letter, a, b in runs(letters) if letter == "C"]
     if reuse.kind == "span":
         return tuple(("span", a, b) for a, b in spans)
-    return tuple(("branch", s, s + 1) for a, b in spans for s in range(a, b))
+    return tuple((reuse.kind, s, s + 1) for a, b in spans for s in range(a, b))
 
 
 def write_slots(compute: Compute, sites: int) -> tuple[Slot, ...]:
     """The cache places that a full (missed) call writes."""
     letters = parse_sites(compute.sites) if compute.sites else "R" * sites
     slots: list[Slot] = [("span", a, b) for a, b in compute.spans]
-    if "branch" in compute.write:
-        slots += [("branch", s, s + 1) for s, letter in enumerate(letters) if letter == "R"]
+    for kind in ("branch", "increment"):
+        if kind in compute.write:
+            slots += [(kind, s, s + 1) for s, letter in enumerate(letters) if letter == "R"]
     slots += [(kind, 0, sites) for kind in (*WHOLE, "kv") if kind in compute.write]
     return tuple(slots)
 
@@ -158,7 +163,9 @@ def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
     for a, b in compute.spans:
         ends.setdefault(b, []).append(a)
     cuts = sorted({0, len(letters), *begins, *ends, *((compute.gate.probe,) if compute.gate else ())})
-    branch = "branch" in compute.write
+    increment = "increment" in compute.write
+    branch = increment or "branch" in compute.write
+    rank = None if compute.reuse is None else compute.reuse.rank
     spans = compute.reuse is not None and compute.reuse.kind == "span"
     out: list[Operation] = []
     for letter, first, last in runs(letters):
@@ -171,13 +178,13 @@ def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
             if a in begins:
                 out.append(Mark(a))
             if letter == "R" and branch:
-                out += [RunStore(s) for s in range(a, b)]
+                out += [RunStore(s, increment) for s in range(a, b)]
             elif letter == "R":
                 out.append(Run(a, b))
             elif letter == "C" and spans:
                 out.append(AddSpan(a, b))
             elif letter == "C":
-                out += [AddBranch(s) for s in range(a, b)]
+                out += [AddBranch(s, rank) for s in range(a, b)]
             out += [Save(start, b) for start in ends.get(b, ())]
     return tuple(out)
 

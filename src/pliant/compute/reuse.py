@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from pliant.compute.chebyshev import Chebyshev, chebyshev_weights
 from pliant.errors import ConfigError, suggest
 
-ReuseKind = Literal["branch", "span", "out", "drift", "state"]
+ReuseKind = Literal["branch", "increment", "span", "out", "drift", "state"]
 WHOLE: tuple[str, ...] = ("out", "drift", "state")
 """Kinds that stand for the whole network: all sites are C."""
 Basis = Literal["newton", "taylor", "chebyshev"]
@@ -26,7 +26,8 @@ class Reuse:
     """What the letter C means in a call's sites.
 
     kind "branch": each site's output before its gate (gates and modulation stay those of now); "span": the change of
-    the state over every run of C (old gates included). The others stand for the whole network (all sites are C): "out"
+    the state over every run of C (old gates included); "increment": branches whose every linear layer adds a product
+    of rank `rank` with the change of its input since then. The others stand for the whole network (all sites are C): "out"
     is its output, "drift" output minus input (added to the input of now), "state" what its head reads.
     order 0 repeats the newest value, order q forecasts from the newest q+1 of them on the clock `on`.
     """
@@ -39,6 +40,8 @@ class Reuse:
     on: Clock = "step"
     fit: Chebyshev | None = None
     """Of the basis "chebyshev", and of no other."""
+    rank: int | None = None
+    """Of the kind "increment", and of no other; from the width on it is exact, 0 is plain reuse."""
 
     def __post_init__(self) -> None:
         choices = {"kind": get_args(ReuseKind), "basis": get_args(Basis), "on": get_args(Clock)}
@@ -51,9 +54,13 @@ class Reuse:
             raise ConfigError(f"reuse has order {self.order!r}; forecasts of order 0 to {most} exist")
         if (self.fit is not None) != (self.basis == "chebyshev"):
             raise ConfigError("reuse takes a fit with the basis 'chebyshev', and only with it")
+        if (self.rank is not None) != (self.kind == "increment"):
+            raise ConfigError("reuse takes a rank with the kind 'increment', and only with it")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 0 or self.order):
+            raise ConfigError(f"reuse has rank {self.rank!r} and order {self.order}; expected a rank >= 0, order 0")
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "fit" or v is not None}
+        return {k: v for k, v in asdict(self).items() if k not in ("fit", "rank") or v is not None}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Reuse:
@@ -62,11 +69,13 @@ class Reuse:
             fit = values.get("fit")
             return Reuse(**{**values, "fit": None if fit is None else Chebyshev(**fit)})
         except TypeError:
-            raise ConfigError(f"reuse takes kind, order, basis, on, fit; got {', '.join(map(str, values))}") from None
+            raise ConfigError(
+                f"reuse takes kind, order, basis, on, fit, rank; got {', '.join(map(str, values))}"
+            ) from None
 
     def describe(self) -> str:
         """e.g. `span, order 1`."""
-        words: str = self.kind
+        words: str = self.kind if self.rank is None else f"{self.kind} of rank {self.rank}"
         if self.order:
             words += f", order {self.order}"
             words += "" if self.basis == "newton" else f" {self.basis}"

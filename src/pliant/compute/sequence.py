@@ -66,6 +66,7 @@ def _missing(call: PlannedCall, slot: Slot, stream: str, need: int, have: int) -
     kind, first, last = slot
     what = {
         "branch": f"the branch of site {first}",
+        "increment": f"the branch and inputs of site {first}",
         "span": f"span({first},{last})",
         "out": "the whole output",
         "drift": "output minus input",

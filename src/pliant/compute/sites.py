@@ -52,6 +52,15 @@ class SiteModel(Protocol):
         """Site s on `norm`'s answer: the branch before its gate."""
         ...
 
+    def traced(self, s: int, seen: State, context: Any) -> Branch:
+        """`inner`'s branch of a single stream, then what `corrected` needs to know of this call."""
+        ...
+
+    def corrected(self, s: int, seen: State, kept: Branch, rank: int, context: Any) -> Branch:
+        """The branch of now from an earlier call's `traced`: every linear layer adds a low-rank part of its weight
+        times the change of its input."""
+        ...
+
     def add(self, s: int, state: State, branch: Branch, context: Any) -> State:
         """The state after site s: `x + gate * branch` on every stream that has one."""
         ...

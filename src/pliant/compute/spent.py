@@ -35,11 +35,20 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
         queries = keys = compute.tokens.count(N)
     attention = sum(width for i, width in enumerate(inner) if letters[2 * i] == "R")
     mlp = sum(width for i, width in enumerate(hidden) if letters[2 * i + 1] == "R")
+    rank = None if compute.reuse is None else compute.reuse.rank
+    projections, products, seen = queries * 4 * D * attention, rows * 2 * D * mlp, letters.count("R")
+    if rank is not None:  # reused sites still multiply, by matrices of that rank, and attend
+        again = [i for i in range(L) if letters[2 * i] == "C"]
+        projections += queries * sum(_low(rank, D, 3 * inner[i]) + _low(rank, inner[i], D) for i in again)
+        attention += sum(inner[i] for i in again) if rank else 0
+        again = [i for i in range(L) if letters[2 * i + 1] == "C"]
+        products += rows * sum(_low(rank, D, hidden[i]) + _low(rank, hidden[i], D) for i in again)
+        seen = len(letters)
     return CostParts(
         patch_embed=whole.patch_embed,
-        self_projections=queries * 4 * D * attention,
+        self_projections=projections,
         self_attention=2 * queries * keys * attention,
-        mlp=rows * 2 * D * mlp,
+        mlp=products,
         cross_projections=whole.cross_projections,
         cross_context=whole.cross_context,
         cross_attention=whole.cross_attention,
@@ -47,13 +56,18 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
         final=whole.final * rows // N,
         modulation=whole.modulation,
         embedders=whole.embedders,
-        layer_norm=(letters.count("R") * queries + rows) * D,
+        layer_norm=(seen * queries + rows) * D,
     )
 
 
 def spent_macs(shape: TransformerShape, compute: Compute, convention: Convention = MATMUL, hit: bool = False) -> int:
     """Multiply-adds of one image's call."""
     return spent_parts(shape, compute, hit).total(convention)
+
+
+def _low(rank: int, inputs: int, outputs: int) -> int:
+    """MACs per row of a product with a matrix of this rank, in two factors or, where that is cheaper, in one."""
+    return min(rank * (inputs + outputs), inputs * outputs)
 
 
 def _letters(shape: TransformerShape, compute: Compute, hit: bool) -> str:

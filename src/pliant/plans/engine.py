@@ -54,6 +54,8 @@ class Lowered:
         if key not in networks:
             networks[key] = self._plain_network()
         self.plain = networks[key]
+        self.sign = -1.0 if denoiser.native.prediction == "velocity" and denoiser.network_time.sign < 0 else 1.0
+        """Of the network's raw output, in house conventions."""
         self.sites: DiTSites | None = None
         self.program: SiteProgram | None = None
         if not compute.plain:
@@ -110,7 +112,9 @@ class BoundCalls:
             self.aligned = [_Aligned(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
         self.network_times = denoiser.encode(house).float().to(denoiser.device)
         self.labels = labels
-        self.table = None if lowered.plain is None else ModulationTable(lowered.plain, self.network_times, labels)
+        self.table: ModulationTable | SharedRows | None = None
+        if lowered.plain is not None:
+            self.table = ModulationTable(lowered.plain, self.network_times, labels)
 
     def call(self, k: int, x: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor | None]:
         """(value in house sign and the denoiser's kind, variance code or None) for states x (B, C, H, W).
@@ -125,7 +129,7 @@ class BoundCalls:
         else:
             if moment is None:
                 raise PlanError("a call that keeps or reuses values needs to know when it happens; pass its moment")
-            run = SiteCall(lowered.program, lowered.sites, self.cache, lowered.grid, self.streams, moment)
+            run = SiteCall(lowered.program, lowered.sites, self.cache, lowered.grid, self.streams, moment, lowered.sign)
             raw = run() if run.from_memory else run(scaled, self.table.rows(k))
         return self.finish(k, x, raw)
 
@@ -190,12 +194,55 @@ class ModulationTable:
 
     def rows(self, k: int) -> Tensor:
         """(B, 6*depth + 2, D) at the k-th time; (1, ...) broadcast over the batch when all labels are equal."""
+        here = self.at(k)
+        return here if self.identical else here[self.inverse]
+
+    def at(self, k: int) -> Tensor:
+        """(distinct labels, 6*depth + 2, D) at the k-th time."""
         first = k - k % self.chunk
         if first != self.first:
             self.first = first
             steps = self.times[first : first + self.chunk]
             t = steps.repeat_interleave(len(self.unique))
             self.cached = self.network.modulations(t, self.unique.repeat(len(steps)))
-        here = self.cached[(k - first) * len(self.unique) : (k - first + 1) * len(self.unique)]
-        return here if self.identical else here[self.inverse]
+        return self.cached[(k - first) * len(self.unique) : (k - first + 1) * len(self.unique)]
+
+
+class SharedRows:
+    """One call's share of a table that several calls use: rows come out the same whichever call asks."""
+
+    def __init__(self, table: ModulationTable, places: Sequence[int], labels: Tensor) -> None:
+        """places: of the call's times in the table's; labels (B,): among the table's."""
+        self.table, self.places = table, places
+        self.columns = torch.searchsorted(table.unique, labels)
+        self.identical = len(torch.unique(labels)) == 1
+
+    def rows(self, k: int) -> Tensor:
+        """As `ModulationTable.rows`."""
+        here = self.table.at(self.places[k])
+        return here[self.columns[:1]] if self.identical else here[self.columns]
+
+
+def share_tables(bound: Sequence[tuple[BoundCalls, Sequence[int]]]) -> None:
+    """Give calls that run the same network, and keep or reuse parts of it, one table. With each call: the numbers of
+    its evaluations.
+
+    A product's last bits depend on how many rows it has, so a step would otherwise depend on which other steps spend
+    the same: a gated plan and its frozen form would differ.
+    """
+    groups: dict[int, list[tuple[BoundCalls, Sequence[int]]]] = {}
+    for call, evaluations in bound:
+        if isinstance(call.table, ModulationTable):
+            groups.setdefault(id(call.lowered.plain), []).append((call, evaluations))
+    for calls in groups.values():
+        if len(calls) == 1 or all(call.lowered.program is None for call, _ in calls):
+            continue
+        times = {e: call.network_times[k] for call, evaluations in calls for k, e in enumerate(evaluations)}
+        order = {e: place for place, e in enumerate(sorted(times))}
+        labels = torch.cat([call.labels for call, _ in calls])
+        network = calls[0][0].lowered.plain
+        assert network is not None
+        table = ModulationTable(network, torch.stack([times[e] for e in sorted(times)]), labels)
+        for call, evaluations in calls:
+            call.table = SharedRows(table, [order[e] for e in evaluations], call.labels)
 

@@ -1,0 +1,18 @@
+"""Increment-calibrated caching (arXiv 2505.05829): reuse with a low-rank correction in every linear layer."""
+
+from __future__ import annotations
+
+from pliant.compute import Reuse
+from pliant.plans.caching.options import period, whole
+from pliant.plans.caching.rows import Row, Target
+
+
+def icc(target: Target, *, interval: int = 2, rank: int = 128) -> list[Row]:
+    """Full where `i % interval == 0`; in between every linear layer is `y_kept + W_rank (x - x_kept)`.
+
+    W_rank: the best approximation of that rank of the layer's own weight (the SVD variant; nothing is calibrated on
+    data). Attention itself is computed, from corrected queries, keys and values. Rank 0 is plain reuse.
+    """
+    every = period(interval, target)
+    cached = Row(sites=f"C{target.sites}", reuse=Reuse("increment", rank=whole("rank", rank, 0)))
+    return [Row(write=("increment",)) if i % every == 0 else cached for i in range(target.steps)]
