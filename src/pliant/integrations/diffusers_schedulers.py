@@ -127,7 +127,10 @@ class ProgramScheduler(SchedulerMixin, ConfigMixin):
         """
         if isinstance(config, Mapping):
             if "sigma_data" in config:
-                raise ConfigError("EDM schedulers precondition the network themselves; ProgramScheduler does not")
+                raise ConfigError(
+                    "EDM schedulers precondition the network themselves; ProgramScheduler does not. A network of "
+                    "Pliant's own does it with Denoiser(..., preconditioning=Preconditioning(sigma_data=...))"
+                )
             # Pipelines raise outdated steps_offset after the fact; diffusers would drop it as "a default".
             defaults = [k for k in config.get("_use_default_values", []) if k != "steps_offset"]
             config = {**config, "_use_default_values": defaults}
