@@ -15,6 +15,7 @@ from torch import Tensor
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, ShapeError
 from pliant.guidance import guide
+from pliant.guidance.virtual_negative import moderated_rows, virtual_rows
 from pliant.paths import conversion
 from pliant.plans import Plan
 from pliant.plans.engine import Lowered
@@ -22,7 +23,6 @@ from pliant.plans.noise import seeded_noise
 from pliant.tasks.streaming.calls import RowCalls
 from pliant.tasks.streaming.guidance import StreamGuidance
 from pliant.tasks.streaming.levels import alpha_sigma, column, levels_of, levels_plan
-from pliant.guidance.virtual_negative import moderated_rows, virtual_rows
 
 
 @dataclass(frozen=True)
