@@ -46,7 +46,7 @@ STAGES = (
 )
 # Patterns of lines whose numbers are not coefficients, each with its reason.
 NOT_COEFFICIENTS = {
-    r"raise |Error\(|^\s*f?\"|match=": "messages",
+    r"raise |Error\(|^\s*f?\"(?![\w-]+\": )|match=": "messages (but not entries of a table)",
     r"1e-18|abs\(z\) [<>] 0\.5|abs\(z\) < 0\.5 \+ k": "where a series takes over: both are right there",
     r"_MAX_NODES|MAX_ORDER|_HISTORY|del self\.history|check_order\(": "limits",
     r"1e-6 \* abs|length = |1e-9|1e-12|10\*\*9|max_steps|1e-3": "tolerances",
@@ -201,7 +201,9 @@ def main() -> int:
     sys.path[:0] = [str(ROOT / "src")]
     preload()
 
-    todo = [(f, *change) for f in options.files for change in changes(f) if change[2] in options.line or not options.line]
+    todo = [
+        (f, *change) for f in options.files for change in changes(f) if change[2] in options.line or not options.line
+    ]
     todo = todo[options.offset :: options.every]
     print(f"{len(todo)} changes", flush=True)
     begin, survivors, done = time.monotonic(), list[tuple[str, int, str]](), 0

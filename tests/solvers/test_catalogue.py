@@ -674,6 +674,7 @@ def test_churn_of_nothing_is_heun():
     assert beyond.steps[0][1].node.sigma == pytest.approx(80.0 * math.sqrt(2.0))  # EDM's path goes on beyond t = 1
     capped = compile_program(VP, [1.0, 0.5], {"name": "edm-churn", "high": 1e9}, "epsilon")
     assert capped.steps[0][1].node == capped.start  # other paths end there
+    assert capped.noise_slots == () and capped.steps[0][0].x == ((0, 1.0),)  # and nothing is added
     with pytest.raises(PlanError, match="alpha is 0"):
         compile_program(get_path("linear"), [1.0, 0.5], "edm-churn", "velocity")
 

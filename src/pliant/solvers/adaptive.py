@@ -86,8 +86,8 @@ def dpm_adaptive(
             s = nodes_of(path, [t])[0]
         else:
             rejected += 1
-        # A step of zero error may grow, but not without bound.
-        h = min(safety * min(h, left) * max(error, 1e-12) ** (-1.0 / order), abs(last.log_snr - s.log_snr))
+        error = max(error, 1e-12)  # a step of zero error may grow, but not without bound
+        h = min(safety * min(h, left) * error ** (-1.0 / order), abs(last.log_snr - s.log_snr))
     attempts = len(times) - 1 + rejected
     return Recorded(x, tuple(times), (solver,) * (len(times) - 1), rejected, attempts * order)
 
@@ -143,7 +143,7 @@ def ode_adaptive(
     span = torch.tensor([0.0, abs(end - start)], dtype=torch.float64)
     # torchdiffeq would step past the end and interpolate back; `step_t` makes it land there.
     options: dict[str, Any] = {"step_t": span[1:], "dtype": torch.float64}
-    found: Tensor = odeint(field, x, span, rtol=rtol, atol=atol, method=method, options=options)[-1]
+    _, found = odeint(field, x, span, rtol=rtol, atol=atol, method=method, options=options)
     times = (*(start + sign * u for u in field.accepted), end)
     solver = RungeKutta(_TABLEAU_OF[method], "velocity", "full")
     return Recorded(found.to(x.dtype), times, (solver,) * (len(times) - 1), field.rejected, field.calls)
