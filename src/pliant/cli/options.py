@@ -60,6 +60,15 @@ GridName = Annotated[
         show_default=False,
     ),
 ]
+CacheName = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        help="Reuse between steps, by preset: fora:interval=3, teacache:threshold=0.2, taylorseer, ...; "
+        "calibrate=8 measures what a preset must know of the model. See docs/caching.md.",
+        show_default=False,
+    ),
+]
 GuidanceScale = Annotated[
     float | None,
     typer.Option("--guidance", help="Classifier-free guidance scale; 1 is none.  [default: 1]", show_default=False),

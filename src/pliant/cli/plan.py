@@ -13,11 +13,15 @@ from pliant.cli.console import emit_json
 from pliant.cli.planning import PlanOptions, cost_facts, make_plan
 from pliant.errors import ConfigError, PliantError
 
+FROZEN_ON = 8
+"""Samples that decide what a frozen plan reuses: classes in turn, seeds 0, 1, ..."""
+
 EXAMPLES = """\b
 Examples:
   pliant plan digits --budget 60% --steps 20 -o plan.json
   pliant plan digits --steps 50 --weak-steps 20 --guidance 1.5 --weak-guidance-steps 10 -o plan.json
   pliant plan facebook/DiT-XL-2-256 --steps 250 --solver ddpm --guidance 1.5 --guided-channels 3
+  pliant plan digits --cache teacache:threshold=0.2 --freeze -o plan.json
   pliant plan digits --show plan.json      what a plan costs on a model
   pliant plan --show plan.json             what a plan says
   pliant plan --schema > plan.schema.json  JSON Schema of plan files
@@ -34,6 +38,7 @@ def plan(
     steps: opt.Steps = None,
     solver: opt.SolverName = None,
     grid: opt.GridName = None,
+    cache: opt.CacheName = None,
     guidance: opt.GuidanceScale = None,
     guided_channels: opt.GuidedChannels = None,
     weak_steps: opt.WeakSteps = None,
@@ -41,6 +46,9 @@ def plan(
     weak: opt.WeakPatch = None,
     weak_last: opt.WeakLast = False,
     precision: opt.PrecisionName = None,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="Sample once and write down what the gates of --cache decide.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Plan file to write. Default: only print.", show_default=False)
     ] = None,
@@ -64,6 +72,7 @@ def plan(
         steps=steps,
         solver=solver,
         grid=grid,
+        cache=cache,
         guidance=guidance,
         guided_channels=guided_channels,
         weak_steps=weak_steps,
@@ -73,6 +82,8 @@ def plan(
         precision=precision,
     )
     if show is not None:
+        if freeze:
+            raise ConfigError("--show only describes a plan: leave out --freeze")
         _show(show, model, choices, out, format, option, json)
         return
     if model is None:
@@ -82,6 +93,8 @@ def plan(
 
     denoiser = open_model(model, format, option, "cpu").denoiser
     made = make_plan(denoiser, choices)
+    if freeze:
+        made = made.freeze(denoiser, [i % denoiser.num_classes for i in range(FROZEN_ON)])
     if out is not None:
         try:
             made.save(out)

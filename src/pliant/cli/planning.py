@@ -32,6 +32,7 @@ class PlanOptions:
     weak_last: bool = False
     precision: str | None = None
     grid: str | None = None
+    cache: str | None = None
 
     def given(self) -> list[str]:
         """The options that were typed, as typed."""
@@ -46,6 +47,11 @@ def solver_config(text: str) -> dict[str, Any]:
 def grid_config(text: str | None) -> dict[str, Any] | None:
     """ "shifted:shift=3" -> {"name": "shifted", "shift": 3}; None stays None. Raises ConfigError."""
     return None if text is None else _named(text, "grid", "shifted:shift=3")
+
+
+def cache_config(text: str) -> dict[str, Any]:
+    """ "teacache:threshold=0.2" -> {"name": "teacache", "threshold": 0.2}. Raises ConfigError."""
+    return _named(text, "cache", "teacache:threshold=0.2")
 
 
 def _named(text: str, what: str, example: str) -> dict[str, Any]:
@@ -93,7 +99,9 @@ def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
             guided_channels=options.guided_channels,
             weak_last=options.weak_last,
         )
-    return plan if options.precision is None else with_precision(plan, options.precision)
+    if options.precision is not None:
+        plan = with_precision(plan, options.precision)
+    return plan if options.cache is None else plan.cached(model, **cache_config(options.cache))
 
 
 def _guidance(options: PlanOptions) -> float | Guidance | None:

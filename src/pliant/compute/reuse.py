@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from pliant.compute.chebyshev import Chebyshev, chebyshev_weights
@@ -27,8 +27,8 @@ class Reuse:
 
     kind "branch": each site's output before its gate (gates and modulation stay those of now); "span": the change of
     the state over every run of C (old gates included); "increment": branches whose every linear layer adds a product
-    of rank `rank` with the change of its input since then. The others stand for the whole network (all sites are C): "out"
-    is its output, "drift" output minus input (added to the input of now), "state" what its head reads.
+    of rank `rank` with the change of its input since then. The others stand for the whole network (all sites are C):
+    "out" is its output, "drift" output minus input (added to the input of now), "state" what its head reads.
     order 0 repeats the newest value, order q forecasts from the newest q+1 of them on the clock `on`.
     """
 
@@ -70,7 +70,7 @@ class Reuse:
             return Reuse(**{**values, "fit": None if fit is None else Chebyshev(**fit)})
         except TypeError:
             raise ConfigError(
-                f"reuse takes kind, order, basis, on, fit, rank; got {', '.join(map(str, values))}"
+                f"reuse takes {', '.join(f.name for f in fields(Reuse))}; got {', '.join(map(str, values))}"
             ) from None
 
     def describe(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,14 +64,17 @@ def plan_cost(plan: Plan, model: Denoiser, convention: Convention = MATMUL) -> P
     step_flops = tuple(
         n * call_flops(model, s.compute, s.guidance, convention) for n, s in zip(counts, plan.steps, strict=True)
     )
-    seen: set[Compute] = set()
+    seen: set[Hashable] = set()
     saved = 0
     for n, s in zip(counts, plan.steps, strict=True):
-        if s.compute.gate is not None:
+        gate = s.compute.gate
+        if gate is not None:
             most = call_flops(model, s.compute, s.guidance, convention)
             least = call_flops(model, s.compute, s.guidance, convention, hit=True)
-            saved += (n - (s.compute not in seen)) * (most - least)
-            seen.add(s.compute)
+            # The first call of all that share a memory has nothing to compare with.
+            may = 0 if gate.never_hits else n - (gate.memory not in seen)
+            saved += may * (most - least)
+            seen.add(gate.memory)
     streams = [
         n * sum(len(call.streams) for call in evaluation_calls(s.compute, s.guidance))
         for n, s in zip(counts, plan.steps, strict=True)

@@ -245,4 +245,3 @@ def share_tables(bound: Sequence[tuple[BoundCalls, Sequence[int]]]) -> None:
         table = ModulationTable(network, torch.stack([times[e] for e in sorted(times)]), labels)
         for call, evaluations in calls:
             call.table = SharedRows(table, [order[e] for e in evaluations], call.labels)
-

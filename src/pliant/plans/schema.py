@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from pliant.compute.gate import Reference, Signal
-from pliant.compute.reuse import MAX_ORDER, Basis, Clock, ReuseKind
+from pliant.compute.gate import Comparison, Deciders, Reference, Signal
+from pliant.compute.reuse import MAX_WINDOW, Basis, Clock, ReuseKind
 from pliant.compute.tokens import Rule
 from pliant.guidance import AGAINST, RULES
 from pliant.paths import known_paths
@@ -25,12 +25,21 @@ SITES = {"type": "string", "pattern": r"^([RCK][1-9]\d*)+$"}
 
 
 def _reuse() -> dict[str, Any]:
+    fit = {
+        "over": {"type": "number", "exclusiveMinimum": 0},
+        "degree": {"type": "integer", "minimum": 0, "maximum": 16},
+        "ridge": {"type": "number", "exclusiveMinimum": 0},
+        "blend": {"type": "number", "minimum": 0, "maximum": 1},
+        "about": {"enum": ["zero", "newest"]},
+    }
     return _object(
         {
             "kind": {"enum": list(get_args(ReuseKind))},
-            "order": {"type": "integer", "minimum": 0, "maximum": MAX_ORDER},
+            "order": {"type": "integer", "minimum": 0, "maximum": MAX_WINDOW - 1},
             "basis": {"enum": list(get_args(Basis))},
             "on": {"enum": list(get_args(Clock))},
+            "fit": _or_null(_object(fit, ["over"])),
+            "rank": _or_null({"type": "integer", "minimum": 0}),
         },
         [],
     )
@@ -60,6 +69,10 @@ def _gate() -> dict[str, Any]:
             "polynomial": {"type": "array", "items": {"type": "number"}},
             "accumulate": {"type": "boolean"},
             "max_run": _or_null({"type": "integer", "minimum": 1}),
+            "max_hits": _or_null({"type": "integer", "minimum": 1}),
+            "max_seen": _or_null({"type": "number", "exclusiveMinimum": 0}),
+            "comparison": {"enum": list(get_args(Comparison))},
+            "deciders": {"enum": list(get_args(Deciders))},
         },
         ["threshold", "on_hit"],
     )
@@ -77,7 +90,10 @@ def plan_schema() -> dict[str, Any]:
             "sites": _or_null(SITES),
             "reuse": _or_null(_reuse()),
             "tokens": _or_null(_tokens()),
-            "write": {"type": "array", "items": {"type": "string", "pattern": r"^(branch|out|kv|span\(\d+,\d+\))$"}},
+            "write": {
+                "type": "array",
+                "items": {"type": "string", "pattern": r"^(branch|increment|out|drift|state|kv|span\(\d+,\d+\))$"},
+            },
             "gate": _or_null(_gate()),
         },
         [],

@@ -36,8 +36,9 @@ def taylorseer_diffusers(
     cooldown: int | None = None,
     basis: Basis = "newton",
 ) -> list[Row]:
-    """TaylorSeer as diffusers' `TaylorSeerCacheConfig` decides: full at i < warmup, at `(i - warmup - 1) % interval == 0`
-    and from step `cooldown` on.
+    """TaylorSeer as diffusers' `TaylorSeerCacheConfig` decides.
+
+    Full at i < warmup, where `(i - warmup - 1) % interval == 0`, and from step `cooldown` on.
 
     With its defaults that is 0, 1, 2, 4, 9, 14, ...: step 3 is forecast. Our factors are float32, not bfloat16.
     """

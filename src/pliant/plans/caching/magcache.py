@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -24,8 +25,9 @@ def magcache(
     max_run: int = 3,
     retention: float = 0.2,
 ) -> list[Row]:
-    """From step `int(retention S + .5)` on: `rho *= ratio_i; err += |1 - rho|`, reuse iff `err <= threshold` and at most
-    `max_run` steps in a row; else full, and both begin anew.
+    """From step `int(retention S + .5)` on: `rho *= ratio_i; err += |1 - rho|`.
+
+    Reuse iff `err <= threshold` and at most `max_run` steps in a row; else full, and both begin anew.
 
     ratios: this model's, one per step (`calibrate` measures them); those of another number of steps are resampled.
     The defaults are diffusers'; the authors' FLUX script has 0.24, 5 and 0.1.
@@ -67,7 +69,7 @@ def resampled(ratios: Sequence[float], steps: int) -> list[float]:
         sums.append(sums[-1] + math.log(ratio))
     places = [i * (len(sums) - 1) / max(1, steps - 1) for i in range(steps)]
     at = [sums[int(p)] + (p - int(p)) * (sums[min(int(p) + 1, len(sums) - 1)] - sums[int(p)]) for p in places]
-    return [1.0, *(math.exp(b - a) for a, b in zip(at, at[1:], strict=False))]
+    return [1.0, *(math.exp(b - a) for a, b in pairwise(at))]
 
 
 def calibrate_magcache(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int]) -> Calibration:
