@@ -167,11 +167,9 @@ class GridSinglestep(Solver):
         return self.tau > 0.0
 
     def emit(self, builder: ProgramBuilder, i: int) -> None:
-        newest, t = builder.nodes[i], builder.nodes[i + 1]
+        t = builder.nodes[i + 1]
         builder.output(i)
         k = min(block_orders(builder.steps, self.order, bool(self.lower_order_final))[i], _remembered(builder, i))
-        if not math.isfinite(builder.span(finite_form(self.form, newest, t), newest, t)):
-            k = 1
         s = builder.nodes[i - k + 1]
         while k > 1 and not math.isfinite(builder.span(self.form, s, t)):
             k -= 1
