@@ -205,3 +205,11 @@ def test_files_that_are_no_models(
 def test_config_of_finetuning_is_plain_yaml(plain: Path, tmp_path: Path, run: Run) -> None:
     run("flexify", plain, tmp_path / "f", "--patch", 4)
     assert yaml.safe_load((tmp_path / "f-finetune.yaml").read_text())["steps"] > 0
+
+
+def test_info_lists_the_sites_and_what_they_cost(run: Run) -> None:
+    sites = run("info", "digits", "--sites", "--json").json["sites"]
+    assert [s["site"] for s in sites] == list(range(len(sites)))
+    assert [s["kind"] for s in sites[:4]] == ["attention", "mlp", "attention", "mlp"]
+    assert all(0 < s["share"] < 0.2 for s in sites) and 0.8 < sum(s["share"] for s in sites) < 1
+    assert "attention" in run("info", "digits", "--sites").out

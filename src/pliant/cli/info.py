@@ -12,6 +12,7 @@ from pliant.cli.console import emit_json, table
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pliant.compute import TransformerShape
     from pliant.models import DiTConfig
 
 EXAMPLES = """\b
@@ -19,6 +20,7 @@ Examples:
   pliant info digits                        a bundled model
   pliant info DiT-XL-2-256x256.pt           an official checkpoint: format, assumptions, cost per call
   pliant info SiT-XL-2-256.pt --format sit
+  pliant info digits --sites                its residual branches and what each costs
   pliant info plan.json                     a plan
   pliant info samples.png --json            the recipe inside a picture
 """
@@ -32,6 +34,7 @@ def info(
     source: Annotated[str, typer.Argument(metavar="MODEL|PLAN|PNG", help="What to look at.", show_default=False)],
     format: opt.Format = None,
     option: opt.LoadOptions = None,
+    sites: Annotated[bool, typer.Option("--sites", help="List a model's sites: what `sites` in plans counts.")] = False,
     json: opt.JSON = False,
 ) -> None:
     """Say what a model, plan or picture is."""
@@ -41,7 +44,7 @@ def info(
     elif path.suffix.lower() == ".json" and path.name not in ("config.json", "model_index.json") and not path.is_dir():
         _plan(path, json)
     else:
-        _model(source, format, option, json)
+        _model(source, format, option, sites, json)
 
 
 def _picture(file: Path, json: bool) -> None:
@@ -85,17 +88,41 @@ def _plan(file: Path, json: bool) -> None:
         print(summary(file))
 
 
-def _model(source: str, format: str | None, option: list[str] | None, json: bool) -> None:
+def _model(source: str, format: str | None, option: list[str] | None, sites: bool, json: bool) -> None:
     from pliant.cli.models import load_options
     from pliant.formats import describe_source
 
     found = describe_source(source, format, **load_options(option))
     calls = calls_of(found.identity)
+    listed = {"sites": sites_of(found.identity)} if sites else {}
     if json:
-        emit_json({"kind": "model", **found.to_dict(), "calls": calls})
+        emit_json({"kind": "model", **found.to_dict(), "calls": calls, **listed})
         return
     print(found.describe())
     table(*call_rows(calls))
+    if sites:
+        print()
+        table(("site", "block", "kind", "GFLOP", "of full"), [
+            (str(s["site"]), str(s["block"]), s["kind"], f"{s['flops'] / 1e9:.4g}", f"{s['share']:.2%}")
+            for s in listed["sites"]
+        ])  # fmt: skip
+
+
+def sites_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every residual branch of the network at its own patch size, in order, with its exact FLOPs."""
+    from pliant.compute import Compute, spent_macs
+    from pliant.models import DiTConfig
+
+    config = DiTConfig.from_dict(identity["network"]["dit"])
+    shape = _shape(config, config.patch_size)
+    total, count = 2 * spent_macs(shape, Compute()), 2 * config.depth
+    rows = []
+    for site in range(count):
+        skipped = "".join(f"{letter}{n}" for letter, n in (("R", site), ("K", 1), ("R", count - site - 1)) if n)
+        flops = total - 2 * spent_macs(shape, Compute(sites=skipped))
+        kind = "mlp" if site % 2 else "attention"
+        rows.append({"site": site, "block": site // 2, "kind": kind, "flops": flops, "share": flops / total})
+    return rows
 
 
 def call_rows(calls: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -126,10 +153,17 @@ def calls_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _call(config: DiTConfig, patch: tuple[int, int]) -> dict[str, int]:
-    from pliant.compute import MATMUL, TransformerShape, macs
+    from pliant.compute import MATMUL, macs
+
+    shape = _shape(config, patch)
+    return {"tokens": shape.tokens, "flops": 2 * macs(shape, MATMUL)}
+
+
+def _shape(config: DiTConfig, patch: tuple[int, int]) -> TransformerShape:
+    from pliant.compute import TransformerShape
 
     rows, columns = config.grid(patch)
-    shape = TransformerShape(
+    return TransformerShape(
         depth=config.depth,
         width=config.width,
         heads=config.heads,
@@ -142,4 +176,3 @@ def _call(config: DiTConfig, patch: tuple[int, int]) -> dict[str, int]:
         block_heads=config.block_heads,
         block_hidden=config.block_hidden,
     )
-    return {"tokens": rows * columns, "flops": 2 * macs(shape, MATMUL)}

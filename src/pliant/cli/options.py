@@ -91,5 +91,10 @@ WeakLast = Annotated[
     bool, typer.Option("--weak-last", help="Weak steps at the end: the paper's baseline, not a good idea.")
 ]
 PrecisionName = Annotated[
-    str | None, typer.Option("--precision", help="fp32 or bf16. Default: bf16 where it is faster.", show_default=False)
+    str | None,
+    typer.Option(
+        "--precision",
+        help="fp32, bf16, bf16-mixed, bf16-compiled or int8d. Default: bf16 where it is faster.",
+        show_default=False,
+    ),
 ]
