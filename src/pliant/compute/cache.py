@@ -16,6 +16,7 @@ from torch import Tensor
 from pliant.compute.lowering import Slot
 from pliant.compute.reuse import Clock, Reuse, forecast_weights
 from pliant.compute.sites import Branch
+from pliant.compute.subset import Regions
 from pliant.errors import PlanError
 
 Key: TypeAlias = tuple[Any, Slot]
@@ -95,6 +96,7 @@ class Cache:
     _moments: dict[int, Moment] = field(default_factory=dict)
     gates: dict[tuple[Any, Hashable, Streams], GateState] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
+    regions: Regions = field(default_factory=Regions)
 
     def write(self, key: Key, streams: Streams, value: Branch, moment: Moment) -> None:
         """Keep a batch whose rows are those of `streams`, one after the other, in equal shares."""
@@ -234,4 +236,5 @@ def _per_row(when: When, rows: int) -> Tensor:
 def _name(slot: Slot) -> str:
     kind, first, last = slot
     whole = {"out": "the output", "drift": "output minus input", "state": "the last state"}
+    whole["kv"] = f"keys and values of site {first}"
     return {"branch": f"the branch of site {first}", "span": f"span({first},{last})", **whole}.get(kind, kind)

@@ -10,7 +10,7 @@ from typing import Any
 from pliant.compute.gate import Gate
 from pliant.compute.reuse import WHOLE, Reuse
 from pliant.compute.sites import format_sites, parse_sites, runs
-from pliant.compute.tokens import Subset, Tokens, tokens_from_dict, tokens_to_dict
+from pliant.compute.tokens import Merge, Subset, Tokens, tokens_from_dict, tokens_to_dict
 from pliant.errors import ConfigError, suggest
 
 WRITES = ("branch", "increment", "span(first,last)", "out", "drift", "state", "kv")
@@ -82,6 +82,14 @@ class Compute:
             raise ConfigError(f"a gate with a probe of {self.gate.probe} sites needs sites that begin with R there")
         if isinstance(self.tokens, Subset) and (self.sites is not None or self.gate is not None or self.write):
             raise ConfigError("a subset of tokens runs all sites and writes nothing; leave out sites, write and gate")
+        if "kv" in self.write and (set(letters) - {"R"} or self.gate is not None or "increment" in self.write):
+            raise ConfigError("keys and values are kept by calls that run all sites, without a gate or increments")
+        if isinstance(self.tokens, Merge) and (
+            "kv" in self.write
+            or "increment" in self.write
+            or (self.reuse is not None and self.reuse.kind == "increment")
+        ):
+            raise ConfigError("merged tokens have no keys, values or increments of their own to keep or correct")
         if "branch" in self.write and "increment" in self.write:
             raise ConfigError("a call keeps branches or increments, not both")
         for first, last in self.spans:

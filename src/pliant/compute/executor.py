@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,11 @@ from torch import Tensor
 from pliant.compute.cache import Cache, Decision, GateState, Moment, Streams
 from pliant.compute.gate import Gate, mean_change, mean_size
 from pliant.compute.lowering import AddBranch, AddSpan, Mark, Operation, Run, RunStore, SiteProgram
+from pliant.compute.merging import match
+from pliant.compute.reuse import Reuse
 from pliant.compute.sites import Branch, SiteModel, State
+from pliant.compute.subset import TokenModel, subset_output
+from pliant.compute.tokens import Merge, Subset
 
 
 class Call:
@@ -33,6 +37,9 @@ class Call:
         """
         self.program, self.model, self.cache = program, model, cache
         self.network, self.streams, self.moment, self.sign = network, streams, moment, sign
+        tokens = program.compute.tokens
+        self.merge = tokens if isinstance(tokens, Merge) else None
+        self.keeps_keys = "kv" in program.compute.write or isinstance(tokens, Subset)
 
     @property
     def from_memory(self) -> bool:
@@ -50,6 +57,9 @@ class Call:
         state, context = self.model.begin(*inputs)
         if program.compute.gate is not None:
             return self._gated(x, state, context, program.compute.gate)
+        if isinstance(program.compute.tokens, Subset) and self.cache.regions.active is not None:
+            active = self.cache.regions.active.repeat(len(self.streams), 1)
+            return subset_output(self._tokens, state, context, active, self._keys, self._keep_keys)
         return self._miss(x, state, context, {}, None, len(state[0]))
 
     def _gated(self, x: Tensor, state: State, context: Any, gate: Gate) -> Tensor:
@@ -87,6 +97,43 @@ class Call:
             merged[rows] = value
         assert merged is not None
         return merged
+
+    @property
+    def _tokens(self) -> TokenModel:
+        """The network as one whose tokens can be told apart; the engine gives such a one where that is needed."""
+        return cast(TokenModel, self.model)
+
+    def _keys(self, s: int) -> Branch:
+        """The newest keys and values of attention site s."""
+        return self.cache.read((self.network, ("kv", s, s + 1)), self.streams, Reuse(), self.moment)
+
+    def _keep_keys(self, s: int, kept: Branch) -> None:
+        self.cache.write((self.network, ("kv", s, s + 1)), self.streams, kept, self.moment)
+
+    def _branch(self, s: int, state: State, context: Any) -> Branch:
+        """Site s before its gate, on merged tokens or keeping its keys and values where the compute says so."""
+        model = self.model
+        seen = model.norm(s, state, context)
+        if model.sites[s].kind == "attention":
+            if self.merge is not None:
+                found = match(state[0], self._tokens.grid, self.merge, self.moment.step)
+                if found is not None:
+                    (few,) = model.inner(s, (found.merge(seen[0]),), context)
+                    assert few is not None
+                    return (found.unmerge(few),)
+            if self.keeps_keys:
+                branch, kept = self._tokens.keyed(s, seen, context)
+                self._keep_keys(s, kept)
+                return branch
+        return model.inner(s, seen, context)
+
+    def _run(self, first: int, last: int, state: State, context: Any) -> State:
+        """Sites first..last-1, kept nothing of but keys and values."""
+        if self.merge is None and not self.keeps_keys:
+            return self.model.run(first, last, state, context)
+        for s in range(first, last):
+            state = self.model.add(s, state, self._branch(s, state, context), context)
+        return state
 
     def model_rows(self, context: Any, rows: Tensor, total: int) -> Any:
         """The context of some rows of the batch."""
@@ -162,10 +209,12 @@ class Call:
         model, reuse = self.model, self.program.compute.reuse
         for op in operations:
             if isinstance(op, Run):
-                state = model.run(op.first, op.last, state, context)
+                state = self._run(op.first, op.last, state, context)
             elif isinstance(op, RunStore):
-                seen = model.norm(op.site, state, context)
-                branch = model.traced(op.site, seen, context) if op.increment else model.inner(op.site, seen, context)
+                if op.increment:
+                    branch = model.traced(op.site, model.norm(op.site, state, context), context)
+                else:
+                    branch = self._branch(op.site, state, context)
                 kind = "increment" if op.increment else "branch"
                 self._write((kind, op.site, op.site + 1), branch, rows, total)
                 branch = branch[:1] if op.increment else branch

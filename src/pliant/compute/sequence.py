@@ -40,8 +40,12 @@ def check_calls(calls: Sequence[PlannedCall]) -> None:
         compute, reuse = call.compute, call.compute.reuse
         need = 1 if reuse is None else reuse.order + 1
         places = read_slots(reuse, parse_sites(compute.sites)) if compute.sites else ()
-        if isinstance(compute.tokens, Subset):
-            places = (("kv", 0, call.sites),)
+        keys: Slot = ("kv", 0, call.sites)
+        if isinstance(compute.tokens, Subset) and compute.tokens.rule != "router":
+            places = (keys,)
+        elif "kv" not in compute.write:  # keys and values must be those of the last call that ran all tokens
+            for stream in call.streams:
+                sure.pop((call.network, keys, stream), None)
         for slot in places:
             for stream in call.streams:
                 have = sure.get((call.network, slot, stream), 0)
@@ -76,6 +80,11 @@ def _missing(call: PlannedCall, slot: Slot, stream: str, need: int, have: int) -
     write = {"span": f"span({first},{last})"}.get(kind, kind)
     whose = {"cond": "", "null": " of the unconditional stream"}.get(stream, f" of stream {stream!r}")
     times = "" if need == 1 else f" {need} times (it did {have})"
+    if kind == "kv":
+        return (
+            f"{call.label}: computes some tokens against keys and values{whose} that the last full step on the same "
+            f'token grid did not keep; give that step write=["kv"]'
+        )
     return (
         f"{call.label}: reuses {what}{whose}, but no earlier step on the same token grid kept it{times}; give earlier "
         f'steps write=["{write}"]'

@@ -29,10 +29,12 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
     hidden = list(shape.block_hidden or (shape.mlp_hidden,) * L)
     # Rows that queries, keys and the MLP have.
     queries = keys = rows = N
+    similarity = 0
     if isinstance(compute.tokens, Subset):
         queries = rows = compute.tokens.count(N)
     elif isinstance(compute.tokens, Merge):
         queries = keys = compute.tokens.count(N)
+        similarity = _similarity(shape, compute.tokens)
     attention = sum(width for i, width in enumerate(inner) if letters[2 * i] == "R")
     mlp = sum(width for i, width in enumerate(hidden) if letters[2 * i + 1] == "R")
     rank = None if compute.reuse is None else compute.reuse.rank
@@ -47,7 +49,7 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
     return CostParts(
         patch_embed=whole.patch_embed,
         self_projections=projections,
-        self_attention=2 * queries * keys * attention,
+        self_attention=2 * queries * keys * attention + similarity * letters[::2].count("R"),
         mlp=products,
         cross_projections=whole.cross_projections,
         cross_context=whole.cross_context,
@@ -63,6 +65,14 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
 def spent_macs(shape: TransformerShape, compute: Compute, convention: Convention = MATMUL, hit: bool = False) -> int:
     """Multiply-adds of one image's call."""
     return spent_parts(shape, compute, hit).total(convention)
+
+
+def _similarity(shape: TransformerShape, merge: Merge) -> int:
+    """MACs of comparing every source with every destination, once per attention site."""
+    if merge.count(shape.tokens) == shape.tokens:
+        return 0
+    ends = shape.tokens // merge.window**2  # of a grid that windows divide; a few less where they do not
+    return (shape.tokens - ends) * ends * shape.width
 
 
 def _low(rank: int, inputs: int, outputs: int) -> int:

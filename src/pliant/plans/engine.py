@@ -24,6 +24,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.models.dit import DiT
 from pliant.models.dit_sites import DiTSites
+from pliant.models.dit_tokens import DiTTokens
 from pliant.models.precision import resolve_precision, variant
 
 TABLE_BYTES = 32 * 2**20
@@ -61,7 +62,8 @@ class Lowered:
         if not compute.plain:
             if self.plain is None:
                 raise PlanError("sites, caches and token subsets need merged adapters and a network without LayerNorms")
-            self.sites = DiTSites(self.plain)
+            tokens = compute.tokens is not None or "kv" in compute.write
+            self.sites = (DiTTokens if tokens else DiTSites)(self.plain)
             self.program = lower(compute, len(self.sites.sites))
 
     def _plain_network(self) -> DiT | None:

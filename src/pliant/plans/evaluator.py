@@ -17,6 +17,7 @@ from pliant.paths import AlphaSigma
 from pliant.plans.calls import Call, cache_depth, calls_of
 from pliant.plans.engine import BoundCalls, Lowered, packed_pair, share_tables
 from pliant.plans.plan import Plan
+from pliant.plans.regions import RegionKeeper
 from pliant.solvers import Eval, Node, Output, Program
 from pliant.solvers.interpreter import sample_coefficients
 
@@ -41,6 +42,7 @@ class Evaluator:
         self.stored = program.stored
         self.cache = Cache(cache_depth(plan))
         self.memory = Memory()
+        self.regions = RegionKeeper(self.cache.regions, plan, program, model)
         self.origin = origin
         guidances = [s.guidance for s in plan.steps if s.guidance is not None]
         if origin is None and any(g.against == "origin" for g in guidances):
@@ -64,11 +66,18 @@ class Evaluator:
         share_tables([(b, [out for out, c in self.position if c == call]) for call, b in self.bound.items()])
 
     def __call__(self, x: Tensor, evaluation: Eval) -> Output:
-        guidance = self.plan.steps[evaluation.step].guidance
         calls = self.calls[evaluation.step]
         if not calls:  # a still step: no velocity
             return Output(torch.zeros_like(x))
         answers = self._answers(x, calls, evaluation)
+        if not self.regions.subsets:
+            return self._guided(x, calls, answers, evaluation)
+        answers = self.regions.answers(calls, answers, evaluation)
+        return self.regions.finish(self._guided(x, calls, answers, evaluation), evaluation)
+
+    def _guided(self, x: Tensor, calls: list[Call], answers: list[Answer], evaluation: Eval) -> Output:
+        """The answers of an evaluation's calls combined as its step's guidance says."""
+        guidance = self.plan.steps[evaluation.step].guidance
         if guidance is None:
             return Output(*answers[0])
         if len(calls[0].streams) == 2:  # conditional and null ran as one batch

@@ -21,6 +21,7 @@ from pliant.models.precision import check_precision
 from pliant.paths import Path, make_grid, path_from_config
 from pliant.plans.calls import calls_of, check_references, check_reuse, reuses
 from pliant.plans.cost import PlanCost, plan_cost
+from pliant.plans.regions import check_tokens
 from pliant.solvers import Program, Solver, SolverLike, compile_program, get_solver
 
 FORMAT, VERSION = "pliant-plan", 1
@@ -252,6 +253,7 @@ def check_step(step: Step, model: Denoiser) -> None:
         own = call.model(model)
         own.patch_of(call.compute)
         own.exit_of(call.compute)
+    check_tokens(calls_of(step), model)
     if step.guidance is not None:
         check_guidance(step.guidance, step.compute, model)
 

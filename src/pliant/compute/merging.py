@@ -1,0 +1,92 @@
+"""Token merging: similar tokens are averaged before a branch and its answer is copied back (ToMe, arXiv 2303.17604).
+
+Every window of the grid keeps one *destination*, the rest are *sources*. The sources most similar to some destination
+are merged into it. Row 9 (ToMe) of sheet E's section 9.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pliant.compute.tokens import Merge
+from pliant.errors import ShapeError
+
+
+@lru_cache(maxsize=256)
+def places(grid: tuple[int, int], window: int, moment: int) -> tuple[Tensor, Tensor]:
+    """(sources, destinations), int64 on the CPU, of a token grid (rows, columns) at a moment (number of the call).
+
+    The destination of each whole window is drawn from a generator seeded by these three numbers, and by nothing else:
+    all samples, streams and sites of a call share it, repeated runs agree, and over the calls of a request every place
+    has its turn. (The published code draws anew at every site.) Tokens outside whole windows are sources. Raises
+    ShapeError for a grid without a window.
+    """
+    rows, columns = grid[0] // window, grid[1] // window
+    if rows * columns == 0:
+        raise ShapeError(f"merging needs windows of {window}x{window}, and the grid has {grid[0]}x{grid[1]} tokens")
+    text = f"merge/{grid[0]}/{grid[1]}/{window}/{moment}"
+    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    drawn = torch.randint(window**2, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    r = torch.arange(rows)[:, None] * window + drawn // window
+    c = torch.arange(columns)[None] * window + drawn % window
+    destinations = (r * grid[1] + c).flatten().sort().values
+    free = torch.ones(grid[0] * grid[1], dtype=torch.bool)
+    free[destinations] = False
+    return free.nonzero().flatten(), destinations
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which tokens are merged into which, per sample."""
+
+    kept: Tensor
+    """(B, N - d - r) int64: sources that stay, as token numbers."""
+    merged: Tensor
+    """(B, r) int64: sources that are merged away, as token numbers."""
+    into: Tensor
+    """(B, r) int64: for each of them, which destination (0..d-1)."""
+    destinations: Tensor
+    """(d,) int64 token numbers."""
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N - r, D): the kept sources, then the destinations, averaged with what merges into them."""
+        kept, merged, ends = _take(x, self.kept), _take(x, self.merged), x[:, self.destinations]
+        index = self.into[..., None].expand(-1, -1, x.shape[-1])
+        return torch.cat([kept, ends.scatter_reduce(1, index, merged, "mean", include_self=True)], dim=1)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """(B, N - r, D) -> (B, N, D): every token gets the row that it went into."""
+        own, ends = y[:, : self.kept.shape[1]], y[:, self.kept.shape[1] :]
+        tokens = y.shape[1] + self.merged.shape[1]
+        out = y.new_empty(len(y), tokens, y.shape[-1])
+        out[:, self.destinations] = ends
+        out.scatter_(1, self.kept[..., None].expand(-1, -1, y.shape[-1]), own)
+        return out.scatter_(1, self.merged[..., None].expand(-1, -1, y.shape[-1]), _take(ends, self.into))
+
+
+def match(metric: Tensor, grid: tuple[int, int], merge: Merge, moment: int) -> Matching | None:
+    """The matching of tokens (B, N, D), or None where nothing is merged.
+
+    Each source looks for the destination of highest cosine similarity; the `N - merge.count(N)` sources of highest
+    similarity go. Similarity costs `sources * destinations * D` multiply-adds per sample.
+    """
+    tokens = metric.shape[1]
+    gone = tokens - merge.count(tokens)
+    if gone == 0:
+        return None
+    sources, destinations = (p.to(metric.device) for p in places(grid, merge.window, moment))
+    unit = F.normalize(metric, dim=-1)
+    best, partner = (unit[:, sources] @ unit[:, destinations].transpose(1, 2)).max(-1)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    first, rest = order[:, :gone], order[:, gone:]
+    return Matching(sources[rest.sort(1).values], sources[first], partner.gather(1, first), destinations)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
