@@ -12,7 +12,7 @@ from typing import Any
 
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, suggest
-from pliant.plans.caching import forecasts, gates, increments, intervals
+from pliant.plans.caching import forecasts, gates, increments, intervals, tokens
 from pliant.plans.caching.freeze import freeze
 from pliant.plans.caching.learned import calibrate_learning_to_cache, learning_to_cache
 from pliant.plans.caching.magcache import calibrate_magcache, magcache
@@ -46,6 +46,8 @@ CACHING: dict[str, Preset] = {
     "magcache": Preset(magcache, calibrate_magcache),
     "l2c": Preset(learning_to_cache, calibrate_learning_to_cache),
     "icc": Preset(increments.icc),
+    "ras": Preset(tokens.ras),
+    "tome": Preset(tokens.tome),
 }
 
 

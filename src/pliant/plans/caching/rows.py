@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from pliant.compute import Compute, Gate, Reuse
+from pliant.compute import Compute, Gate, Reuse, Subset
+from pliant.compute.tokens import Tokens
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.plans.calls import calls_of, reuses
@@ -21,11 +22,17 @@ class Row:
     reuse: Reuse | None = None
     write: tuple[str, ...] = ()
     gate: Gate | None = None
+    tokens: Tokens | None = None
 
     @property
     def may_reuse(self) -> bool:
         """Whether the step can read the cache."""
-        return (self.gate is not None and not self.gate.never_hits) or "C" in (self.sites or "")
+        return (self.gate is not None and not self.gate.never_hits) or self.must_reuse
+
+    @property
+    def must_reuse(self) -> bool:
+        """Whether it does, whatever a gate decides."""
+        return "C" in (self.sites or "") or (isinstance(self.tokens, Subset) and self.tokens.rule != "router")
 
 
 PLAIN = Row()
@@ -38,6 +45,8 @@ class Target:
     times: tuple[float, ...]
     """House time of every step's start."""
     sites: int
+    channels: int = 1
+    """Of the states."""
 
     @property
     def steps(self) -> int:
@@ -60,7 +69,7 @@ def target_of(plan: Plan, model: Denoiser) -> Target:
     depths = {model.shape(step.compute).depth for step in plan.steps}
     if len(depths) > 1:
         raise PlanError("the steps of this plan leave the network at different depths; caches need one depth")
-    return Target(tuple(step.t for step in plan.steps), 2 * depths.pop())
+    return Target(tuple(step.t for step in plan.steps), 2 * depths.pop(), model.config.in_channels)
 
 
 def apply_rows(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> Plan:
@@ -96,7 +105,7 @@ def repaired(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> list[Row]:
             full = row
         if switched and row.gate is not None:  # what its gate remembers is of another grid, or of long ago
             row = replace(row, gate=replace(row.gate, threshold=0.0))
-        elif row.gate is None and "C" in (row.sites or ""):
+        elif row.gate is None and row.must_reuse:
             if have == 0:
                 row = full
                 if row.gate is not None:
@@ -112,9 +121,11 @@ def repaired(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> list[Row]:
 def trimmed(rows: Sequence[Row]) -> list[Row]:
     """Without keeping and remembering after the last step that reads."""
     last = max((i for i, row in enumerate(rows) if row.may_reuse), default=-1)
-    return [row if i <= last else PLAIN for i, row in enumerate(rows)]
+    return [row if i <= last else Row(tokens=row.tokens) for i, row in enumerate(rows)]
 
 
 def _with_row(step: Step, row: Row) -> Step:
-    compute: Compute = replace(step.compute, sites=row.sites, reuse=row.reuse, write=row.write, gate=row.gate)
+    compute: Compute = replace(
+        step.compute, sites=row.sites, reuse=row.reuse, write=row.write, gate=row.gate, tokens=row.tokens
+    )
     return replace(step, compute=compute)
