@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pliant.paths import get_path, uniform_times
-from pliant.solvers import Output, compile_program, run
+from pliant.solvers import Output, compile_program, fused_combine, run
 from pliant.solvers.interpreter import combine
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -143,7 +143,7 @@ def by_addr(terms: list[tuple[float, Tensor]], like: Tensor) -> Tensor:
 
 def updates(rounds: int) -> list[dict[str, Any]]:
     """One linear update, three ways: medians in microseconds and medians of the ratios to `combine`."""
-    ways = {"combine": combine, "pieces": in_pieces, "addr": by_addr}
+    ways = {"combine": combine, "pieces": in_pieces, "addr": by_addr, "fused": fused_combine}
     rows = []
     for shape in UPDATE_SHAPES:
         for count in (2, 3, 4, 6):
@@ -161,7 +161,7 @@ def updates(rounds: int) -> list[dict[str, Any]]:
                     seconds[name].append((time.perf_counter() - begin) / repeats)
             row: dict[str, Any] = {"shape": shape, "terms": count, "threads": torch.get_num_threads()}
             row["combine_us"] = 1e6 * statistics.median(seconds["combine"])
-            for name in ("pieces", "addr"):
+            for name in ("pieces", "addr", "fused"):
                 pairs = zip(seconds[name], seconds["combine"], strict=True)
                 row[name] = statistics.median(a / b for a, b in pairs)
             rows.append(row)
@@ -183,7 +183,7 @@ def main() -> None:
         found = updates(options.rounds)
         for row in found:
             print(
-                f"{row['shape']!s:<22}{row['terms']:>6}{row['combine_us']:>12.1f}{row['pieces']:>8.2f}{row['addr']:>8.2f}"
+                f"{row['shape']!s:<22}{row['terms']:>6}{row['combine_us']:>12.1f}{row['pieces']:>8.2f}{row['addr']:>8.2f}{row['fused']:>8.2f}"
             )
         if options.json:
             with open(options.json, "w", encoding="utf-8") as file:

@@ -387,3 +387,17 @@ def test_x0_estimate_on_a_path_with_an_offset():
     x0, eps, mu = (start_points(seed=k) for k in range(3))
     (result,) = run(program, 0.5 * x0 + 0.5 * eps + 0.25 * mu, lambda x, ev: Output(eps), mu=mu)
     torch.testing.assert_close(result.x0, x0)
+
+
+@pytest.mark.slow
+def test_fused_updates_equal_the_plain_ones() -> None:
+    """One generated kernel per number of terms, any shape and dtype; the same sums but for rounding."""
+    from pliant.solvers import fused_combine
+
+    for terms in (1, 3, 5):
+        for shape, dtype in (((2, 3, 5), torch.float32), ((4, 7), torch.float64)):
+            values = [(0.3 * k - 0.5, torch.randn(shape, dtype=dtype)) for k in range(terms)] + [(0.0, torch.ones(1))]
+            got = fused_combine(values, values[0][1])
+            want = sum(c * v for c, v in values[:-1])
+            torch.testing.assert_close(got, want)
+    assert not fused_combine([(0.0, torch.ones(3))], torch.ones(3)).any()

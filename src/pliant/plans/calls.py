@@ -31,7 +31,7 @@ class Call(NamedTuple):
         if self.streams != ("guide",):
             return model
         if model.guide is None:
-            raise PlanError("guidance is against a guide, but this model has none; give it one with model.autoguided(other)")
+            raise PlanError("guidance is against a guide and this model has none; see Denoiser.autoguided")
         return model.guide
 
 

@@ -15,6 +15,7 @@ from pliant.plans.evaluator import Evaluator
 from pliant.plans.noise import batch_noise, check_seeds, start_state
 from pliant.plans.plan import Plan
 from pliant.solvers import Program, StepResult, run
+from pliant.solvers.interpreter import Combine, combine
 
 
 def check_labels(cond: Sequence[int] | Tensor, model: Denoiser) -> Tensor:
@@ -50,8 +51,12 @@ def check_offset(program: Program, mu: Tensor | None, shape: tuple[int, ...], de
 class Sampler:
     """A model and a plan made ready once, to be run on any number of batches."""
 
-    def __init__(self, model: Denoiser, plan: Plan) -> None:
-        """Checks the plan against the model and lowers every distinct compute. Raises PlanError naming the step."""
+    def __init__(self, model: Denoiser, plan: Plan, add: Combine = combine) -> None:
+        """Checks the plan against the model and lowers every distinct compute. Raises PlanError naming the step.
+
+        add: how states are updated; `pliant.solvers.fused_combine` compiles that to one pass, for large states.
+        """
+        self.add = add
         plan.check(model)
         self.model = model
         self.plan = plan
@@ -89,7 +94,7 @@ class Sampler:
             raise PlanError(f"origin must be images of the states' shape {tuple(x.shape)}, got {tuple(origin.shape)}")
         evaluate = Evaluator(model, self.plan, self.program, self.lowered, labels, origin)
         noise = lambda slot: batch_noise(seeds, slot, model.sample_shape, model.device)  # noqa: E731
-        results = run(self.program, x.to(model.device), evaluate, noise, mu)
+        results = run(self.program, x.to(model.device), evaluate, noise, mu, self.add)
         while True:
             with torch.no_grad():  # not around the yield: the caller's own code keeps its grad mode
                 result = next(results, None)

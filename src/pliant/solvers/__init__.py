@@ -7,6 +7,7 @@ from pliant.solvers.builder import ProgramBuilder, Row, Stored, Virtual, nodes_o
 from pliant.solvers.churn import Churn
 from pliant.solvers.compiler import check_times, compile_program
 from pliant.solvers.exponential import DDIM, Multistep
+from pliant.solvers.fused import fused_combine
 from pliant.solvers.interpreter import Evaluate, NetworkOutput, Noise, Output, StepResult, run
 from pliant.solvers.normal_form import NormalForm, consistency, normal_form, normal_form_of
 from pliant.solvers.pndm import PNDM
@@ -66,6 +67,7 @@ __all__ = [
     "dpm_adaptive",
     "fast_orders",
     "fast_plan",
+    "fused_combine",
     "get_solver",
     "nodes_of",
     "normal_form",

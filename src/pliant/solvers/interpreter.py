@@ -39,6 +39,8 @@ class Output:
 
 Evaluate: TypeAlias = Callable[[Tensor, Eval], NetworkOutput]
 Noise: TypeAlias = Callable[[int], Tensor]
+Combine: TypeAlias = Callable[[list[tuple[float, Tensor]], Tensor], Tensor]
+"""(coefficients with tensors, a tensor of the result's shape and dtype) -> the weighted sum, a tensor of its own."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,19 @@ def combine(terms: list[tuple[float, Tensor]], like: Tensor) -> Tensor:
 
 
 def run(
-    program: Program, x: Tensor, evaluate: Evaluate, noise: Noise | None = None, mu: Tensor | None = None
+    program: Program,
+    x: Tensor,
+    evaluate: Evaluate,
+    noise: Noise | None = None,
+    mu: Tensor | None = None,
+    add: Combine = combine,
 ) -> Iterator[StepResult]:
     """Run `program` from the state `x` (any shape), yielding after every step.
 
     evaluate(x, eval): the network; must return the program's stored kind, in x's shape (any float dtype).
     noise(slot): standard normal of x's shape, the same tensor for the same slot; each slot is asked for once.
     mu: the path's offset, needed only by mean-reverting programs.
+    add: what sums up an update; `fused.fused_combine` does it in one pass over memory, which pays for large states.
     Raises PlanError if noise or mu is missing, ShapeError if a network output or noise has another shape.
     """
     if not x.is_floating_point():
@@ -121,11 +129,11 @@ def run(
     if program.needs_offset and mu is None:
         raise PlanError("this program is for a path with an offset; pass mu, a tensor of x's shape")
     wide = torch.promote_types(x.dtype, torch.float32)
-    return _run(program, x.to(wide), evaluate, noise, None if mu is None else mu.to(wide))
+    return _run(program, x.to(wide), evaluate, noise, None if mu is None else mu.to(wide), add)
 
 
 def _run(
-    program: Program, x: Tensor, evaluate: Evaluate, noise: Noise | None, mu: Tensor | None
+    program: Program, x: Tensor, evaluate: Evaluate, noise: Noise | None, mu: Tensor | None, add: Combine
 ) -> Iterator[StepResult]:
     registers: dict[Register, Tensor] = {("x", 0): x}
     dead = iter(program.last_uses())
@@ -146,20 +154,20 @@ def _run(
                 for kind, slot in op.reads():
                     if kind == "z" and ("z", slot) not in registers and noise is not None:
                         registers["z", slot] = _checked(noise(slot), x, f"noise {slot}")
-                registers["x", op.out] = latest = _lin(op, registers, x, mu)
+                registers["x", op.out] = latest = _lin(op, registers, x, mu, add)
                 node = op.node
             for register in next(dead):
                 registers.pop(register, None)
         yield StepResult(index, latest, node, estimate)
 
 
-def _lin(op: Lin, registers: dict[Register, Tensor], like: Tensor, mu: Tensor | None) -> Tensor:
+def _lin(op: Lin, registers: dict[Register, Tensor], like: Tensor, mu: Tensor | None, add: Combine = combine) -> Tensor:
     terms = [(c, registers["x", i]) for i, c in op.x]
     terms += [(c, registers["m", i]) for i, c in op.m]
     terms += [(c, registers["z", i]) for i, c in op.z]
     if op.mu != 0.0 and mu is not None:
         terms.append((op.mu, mu))
-    total = combine(terms, like)
+    total = add(terms, like)
     if op.learned is not None:
         total.addcmul_(_learned_scale(op.learned, registers["u", op.learned.output]), registers["z", op.learned.slot])
     return total
