@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=125)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--solver", default="dpmpp-2m")
+    parser.add_argument("--rows", default="", help="only plans with this in their name (and the full one)")
     parser.add_argument("--output", required=True)
     args = parser.parse_args()
 
@@ -100,14 +101,15 @@ def main() -> None:
     extractor = get_extractor(args.extractor)
     reference = load_reference(args.reference, extractor)
     output = Path(args.output)
-    settings = {k: v for k, v in vars(args).items() if k not in ("output", "batch")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("output", "batch", "rows")}
     done: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
     if done.get("settings") != settings:
         done = {"settings": settings, "rows": {}}
     done["gaps"] = gaps(model, 1024)
     for g in done["gaps"]:
         print(f"exit {g['exit']}  t {g['low']:.2f}-{g['high']:.2f}  MSE {g['mse']:.5f}  bare head {g['bare_head']:.4f}  full^2 {g['power']:.3f}", flush=True)
-    plans = dict(schedules(model, args.steps, args.solver))
+    every = dict(schedules(model, args.steps, args.solver))
+    plans = {name: plan for name, plan in every.items() if args.rows in name or name == f"{args.steps} full steps"}
     samplers = {name: Sampler(model, plan) for name, plan in plans.items()}
     labels, seeds = [k % model.num_classes for k in range(100)], list(range(100))
     first = next(iter(samplers))
