@@ -72,6 +72,8 @@ def spectrum(
     window, growth = number("window", window, 1), number("growth", growth)
     keep = whole("keep", keep, 1, MAX_WINDOW)
     fit = Chebyshev(float(target.steps), degree, ridge, blend, about)
+    if math.floor(window) > target.steps - first:
+        raise PlanError(f"window is {window:g}: none of the {target.steps - first} steps after the warm-up is full")
     rows: list[Row] = []
     full = cached = 0
     for i in range(target.steps):
@@ -84,8 +86,6 @@ def spectrum(
             cached += 1
             reuse = Reuse("state", min(full, keep) - 1, "chebyshev", "step", fit)
             rows.append(Row(sites=f"C{target.sites}", reuse=reuse))
-    if first < target.steps and full <= first and target.steps - first >= window > 1:
-        raise PlanError(f"window is {window:g}: no step after the warm-up would be recomputed")
     return rows
 
 
