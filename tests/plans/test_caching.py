@@ -18,7 +18,7 @@ from pliant.guidance import Guidance
 from pliant.models import DiT, DiTConfig
 from pliant.paths import NetworkTime, get_path
 from pliant.plans import Plan, Step, sample
-from pliant.plans.caching import CACHING, Target, with_caching
+from pliant.plans.caching import Target, with_caching
 from pliant.plans.caching.forecasts import spectrum, taylorseer, taylorseer_diffusers
 from pliant.plans.caching.intervals import deepcache, delta_dit, fastercache, fora, pab
 from pliant.plans.caching.magcache import resampled
@@ -167,7 +167,7 @@ def test_ratios_belong_to_gaps() -> None:
 # Exactness ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CACHING)
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("guidance", [None, 2.0])
 def test_reusing_nothing_is_plain_sampling_bit_for_bit(model: Denoiser, name: str, guidance: float | None) -> None:
     plan = Plan.uniform(model, STEPS, "euler", guidance=guidance)
@@ -177,7 +177,7 @@ def test_reusing_nothing_is_plain_sampling_bit_for_bit(model: Denoiser, name: st
         assert all(step.compute.plain for step in cached.steps), "what nobody reads is not kept"
 
 
-@pytest.mark.parametrize("name", CACHING)
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("solver", ["dpmpp-2m", "heun"])
 def test_every_preset_runs_saves_and_survives_a_file(model: Denoiser, name: str, solver: str) -> None:
     plan = Plan.uniform(model, STEPS, solver, guidance=2.0)
@@ -346,3 +346,39 @@ def test_options_and_names_are_checked_before_anything_runs(model: Denoiser) -> 
     plan = Plan.uniform(model, STEPS, "euler")
     with pytest.raises(ConfigError, match="no option 'iterations'"):
         plan.cached(model, "l2c", iterations=3)  # an option of the calibration, which was not asked for
+
+
+# Cost ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_cost_is_what_runs(model: Denoiser, name: str) -> None:
+    """Counted operations of a sampling run lie between the plan's least and most, and are exact for static plans.
+
+    The embedders and modulation tables run once per plan, not once per step, and are left out on both sides.
+    """
+    from pliant.compute import WITHOUT_CONDITIONING, counted_flops
+    from pliant.plans.cost import plan_cost
+    from pliant.plans.engine import ModulationTable
+
+    plan = Plan.uniform(model, STEPS, "euler", guidance=2.0).cached(model, name, **OPTIONS.get(name, {}))
+    cost = plan_cost(plan, model, WITHOUT_CONDITIONING)
+    sample(model, plan, [1], [0])  # low-rank factors are made once
+    tables: list[int] = []
+    real = ModulationTable.at
+
+    def counted(table: ModulationTable, k: int) -> torch.Tensor:
+        out: list[torch.Tensor] = []
+        tables.append(counted_flops(lambda: out.append(real(table, k))))
+        return out[0]
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ModulationTable, "at", counted)
+    try:
+        total = counted_flops(lambda: sample(model, plan, [1], [0])) - sum(tables)
+    finally:
+        patch.undo()
+    least, most = cost.least_flops, cost.flops
+    assert least * 0.99 <= total <= most * 1.01, (least, total, most)
+    if least == most:
+        assert total == pytest.approx(most, rel=0.01)
