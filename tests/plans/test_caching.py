@@ -39,6 +39,8 @@ EXACT = {  # options under which a preset reuses nothing
     "easycache": {"threshold": 0.0},
     "magcache": {"threshold": 0.0, "ratios": [1.0] * STEPS},
     "l2c": {"routers": {str(i): f"R{SITES}" for i in range(1, STEPS, 2)}},
+    "ras": {"ratio": 1.0},
+    "tome": {"ratio": 1e-3},
 }
 
 
@@ -173,7 +175,7 @@ def test_reusing_nothing_is_plain_sampling_bit_for_bit(model: Denoiser, name: st
     plan = Plan.uniform(model, STEPS, "euler", guidance=guidance)
     cached = plan.cached(model, name, **EXACT[name])
     assert torch.equal(sample(model, cached, [1, 2], [0, 1]), sample(model, plan, [1, 2], [0, 1]))
-    if name not in ("teacache", "fbc", "dbcache", "easycache"):
+    if name not in ("teacache", "fbc", "dbcache", "easycache", "ras", "tome"):
         assert all(step.compute.plain for step in cached.steps), "what nobody reads is not kept"
 
 
