@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pliant.adapters.alignment import Alignment, alignment, coarse, preconditioned, seen_from
 from pliant.adapters.exit_dit import ExitDiT
 from pliant.adapters.flexible_dit import FlexiDiT
+from pliant.adapters.low_band import coarse_config
 from pliant.adapters.width import DynamicDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, spent_macs
 from pliant.errors import ConfigError, ShapeError
@@ -34,6 +35,9 @@ from pliant.paths import (
     path_from_config,
     prediction_type,
 )
+
+if TYPE_CHECKING:
+    from pliant.adapters.low_band_denoiser import LowBandDenoiser
 
 Network: TypeAlias = DiT | FlexiDiT | ExitDiT | DynamicDiT
 
@@ -108,6 +112,8 @@ class Denoiser:
         that the network does not have.
         """
         compute = compute or Compute()
+        if compute.scale is not None:
+            return self.low_band(compute)(x, t, cond, replace(compute, scale=None))
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         a = self.align(compute, time)
         if a is None:
@@ -272,9 +278,11 @@ class Denoiser:
         return depth
 
     def network_for(self, compute: Compute) -> DiT | FlexiDiT:
-        """What a compute runs: the network without exits, or a plain one of exit + 1 blocks (see `exit_network`)."""
-        if isinstance(self.network, DynamicDiT):  # its base alone would be another model
-            raise ConfigError("the width of this model depends on the time; see pliant.adapters.width_slicing")
+        """What a compute runs: the network without exits, one of exit + 1 blocks (`exit_network`), or one on a smaller
+        grid. Of a network with routed width the base, from which `width_variants` are cut."""
+        if compute.scale is not None:
+            network: DiT = self.low_band(compute).coarse.network  # type: ignore[assignment]
+            return network
         depth = self.exit_of(compute)
         if depth is None or not isinstance(self.network, ExitDiT):
             return self.core
@@ -326,6 +334,14 @@ class Denoiser:
             return alignment(path, kind, t, pixels, core.spec.missing_power, self.preconditioning)
         return None if self.preconditioning is None else preconditioned(path, self.preconditioning, t)
 
+    def low_band(self, compute: Compute) -> LowBandDenoiser:
+        """What answers calls at `compute.scale`. Raises ConfigError or ShapeError where that smaller grid is none."""
+        from pliant.adapters.low_band_denoiser import LowBandDenoiser
+
+        if compute.scale is None:
+            raise ConfigError("this compute asks for no scale")
+        return LowBandDenoiser(self, compute.scale)
+
     def coarse_ratio(self, compute: Compute) -> tuple[int, int]:
         """How much coarser this compute's patches are, per axis."""
         patch, own = self.patch_of(compute), self.config.patch_size
@@ -339,6 +355,8 @@ class Denoiser:
         patch, leave = self.patch_of(compute), self.exit_of(compute)
         if leave is not None and isinstance(self.network, ExitDiT):
             config = self.network.exit_config(leave)
+        if compute.scale is not None:
+            config = coarse_config(config, compute.scale)
         grid = config.grid(patch)
         flexible = isinstance(core, FlexiDiT) and core.spec.recipe == "lora"
         extra = patch != config.patch_size and flexible and not compute.merged
@@ -357,9 +375,24 @@ class Denoiser:
             block_hidden=config.block_hidden,
         )
 
-    def flops(self, compute: Compute | None = None, convention: Convention = MATMUL) -> int:
-        """FLOPs of one call for one image; a multiply-add counts 2."""
+    def flops(
+        self, compute: Compute | None = None, convention: Convention = MATMUL, t: float | None = None
+    ) -> int:
+        """FLOPs of one call for one image; a multiply-add counts 2.
+
+        t: house time, on which the cost of a network with routed width depends; None: at full width. Tokens that such a
+        network skips depend on the image and are not deducted.
+        """
+        if t is not None and isinstance(self.network, DynamicDiT):
+            return 2 * self._width_macs(float(self.encode(torch.tensor(t, dtype=torch.float64))))
         return 2 * spent_macs(self.shape(compute), compute or Compute(), convention)
+
+    def _width_macs(self, network_time: float) -> int:
+        from pliant.adapters.width_slicing import width_macs, width_variants
+
+        assert isinstance(self.network, DynamicDiT)
+        time = torch.tensor([network_time], dtype=torch.float32, device=self.device)
+        return width_macs(width_variants(self.network, time)[0])
 
     def least_flops(self, compute: Compute, convention: Convention = MATMUL) -> int:
         """FLOPs of one call if its gate reuses; the same as `flops` without a gate."""

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from pliant import Compute, Denoiser, flexify
 from pliant.adapters.alignment import alignment
-from pliant.adapters.bands import (
+from pliant.adapters.low_band import (
+    ScaleAlignment,
+    coarse_config,
+    coarse_network,
+    expand,
+    read_back,
+    scale_alignment,
+)
+from pliant.adapters.low_band_denoiser import LowBandDenoiser, low_band
+from pliant.compute.bands import (
     BANDS,
     Band,
     Size,
@@ -26,17 +35,8 @@ from pliant.adapters.bands import (
     power_in_band,
     up,
 )
-from pliant.adapters.low_band import (
-    LowBand,
-    ScaleAlignment,
-    coarse_config,
-    coarse_network,
-    expand,
-    read_back,
-    scale_alignment,
-)
-from pliant.adapters.low_band_denoiser import LowBandDenoiser, low_band
-from pliant.adapters.spectra import CoefficientSpectrum, PowerLaw
+from pliant.compute.scale import LowBand
+from pliant.compute.spectra import CoefficientSpectrum, PowerLaw
 from pliant.errors import ConfigError, ShapeError
 from pliant.evaluation.spectrum import coarse_steps, switch_time, switch_times
 from pliant.paths import PREDICTION_TYPES, NetworkTime, Path, Preconditioning, get_path
@@ -555,7 +555,7 @@ def test_refusals() -> None:
         ({"missing": "wiener"}, "needs the data's spectrum"),
         ({"ratio": 0.5}, "at least 1"),
         ({"ratio": (2, 2, 2)}, "one number or"),
-        ({"positions": "centre"}, "unknown position rule"),
+        ({"positions": "centre"}, "unknown rule for coarse positions"),
     ):
         with pytest.raises(ConfigError, match=words):
             LowBand.of(**options)  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pliant.adapters.bands import from_coefficients
-from pliant.adapters.spectra import (
+from pliant.compute.bands import from_coefficients
+from pliant.compute.spectra import (
     CoefficientSpectrum,
     PowerLaw,
     RadialSpectrum,

@@ -14,8 +14,8 @@ steps. "wiener" is exact for data whose missing coefficients are Gaussian, uncor
 is linear with coefficients of t alone, so guidance commutes with it, and the state never changes its shape: any solver,
 any grid, editing and SDE steps work. Channels must have independent noise.
 
-For an engine, per compute: `net = coarse_network(dit, low)` (shares all weights), and with `low.alignment(...)` at the
-known times (all float64, so rows can be taken per step)
+For an engine, per compute: `net = coarse_network(dit, low)` (shares all weights), and with `low_alignment(low, ...)`
+at the known times (all float64, so rows can be taken per step)
 
     px = down(x, net.config.input_size, low.band)                      # (B, C, h, w)
     raw = net(a.input_scale * px, encode(a.time), labels)              # value in house sign, after `Denoiser.split`
@@ -29,23 +29,20 @@ plain step: the two fields differ. A network that is used on another path: `Scal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pliant.adapters.bands import Band, Size, check_band, coarse_size, down, filtered, power_in_band, up
-from pliant.adapters.spectra import Spectrum, spectrum_from_config
-from pliant.errors import ConfigError, suggest
+from pliant.compute.bands import Band, Size, down, filtered, up
+from pliant.compute.scale import LowBand
+from pliant.errors import ConfigError
 from pliant.models.dit import DiT, DiTConfig
-from pliant.models.positions import PositionRule, axis_coordinates, sincos_grid
+from pliant.models.positions import axis_coordinates, sincos_grid
 from pliant.paths import Match, Path, Preconditioning, PredictionType, conversion, like
 from pliant.paths.path import as_time
 from pliant.paths.predictions import row
-
-Missing: TypeAlias = Literal["hold", "wiener"]
 
 
 class ScaleAlignment(NamedTuple):
@@ -133,87 +130,17 @@ def read_back(x: Tensor, low: Tensor, output: Tensor, a: ScaleAlignment, band: B
     return filtered(x, gain.to(x), coarse, band).add_(up(output, size, band))
 
 
-@dataclass(frozen=True)
-class LowBand:
-    """Which low band a network is shown and what is believed about the rest. Frozen, hashable, JSON-ready."""
-
-    ratio: tuple[float, float] = (2, 2)
-    """Full pixels per coarse one, (height, width); "haar" needs whole numbers."""
-    band: Band = "haar"
-    missing: Missing = "hold"
-    spectrum: Spectrum | None = None
-    """The data's power, which "wiener" needs."""
-    positions: PositionRule = "own"
-    """Where the network believes its coarse tokens are. "own": on a small grid of their own, 0, 1, 2, ...; "center":
-    spread over the same field of view. Which is closer depends on what the network saw: measure (docs/scale.md)."""
-
-    def __post_init__(self) -> None:
-        check_band(self.band)
-        if self.missing not in get_args(Missing):
-            known = suggest(str(self.missing), get_args(Missing))
-            raise ConfigError(f"unknown rule for the missing band {self.missing!r}: {known}")
-        if self.missing == "wiener" and self.spectrum is None:
-            raise ConfigError(
-                "the missing band's 'wiener' guess needs the data's spectrum: measure one with "
-                "pliant.evaluation.spectrum.measure(images), or use missing='hold'"
-            )
-        if any(not 1 <= r < math.inf for r in self.ratio):
-            raise ConfigError(f"a scale ratio is at least 1 (2 halves the side), got {self.ratio}")
-        axis_coordinates(1, 1, 1, self.positions)  # names the known rules
-
-    @staticmethod
-    def of(ratio: float | Sequence[float] = 2, **options: Any) -> LowBand:
-        """The same, taking one number for both axes."""
-        pair = (ratio, ratio) if isinstance(ratio, int | float) else tuple(ratio)
-        if len(pair) != 2:
-            raise ConfigError(f"a scale ratio is one number or (height, width), got {ratio!r}")
-        return LowBand((pair[0], pair[1]), **options)
-
-    @property
-    def trivial(self) -> bool:
-        """Whether the low band is everything: calls are the plain network's."""
-        return self.ratio == (1, 1)
-
-    def coarse_size(self, size: Size) -> Size:
-        """The smaller grid of a full one. Raises ConfigError where it has no whole pixels."""
-        return coarse_size(size, self.ratio, self.band)
-
-    def missing_power(self, size: Size) -> float | Tensor:
-        """w: 0 for "hold", else (H, W) float64 by coefficient of the band."""
-        if self.missing == "hold" or self.spectrum is None:
-            return 0.0
-        return power_in_band(self.spectrum.power(size), self.coarse_size(size), self.band)
-
-    def alignment(
-        self,
-        path: Path,
-        kind: PredictionType,
-        t: float | Tensor,
-        size: Size,
-        preconditioning: Preconditioning | None = None,
-    ) -> ScaleAlignment:
-        """The coefficients at house times t (any shape) for states of `size` (H, W), on the network's own path."""
-        h, w = self.coarse_size(size)
-        return scale_alignment(path, kind, t, size[0] * size[1] / (h * w), self.missing_power(size), preconditioning)
-
-    def to_config(self) -> dict[str, Any]:
-        return {
-            "ratio": list(self.ratio),
-            "band": self.band,
-            "missing": self.missing,
-            "spectrum": None if self.spectrum is None else self.spectrum.to_config(),
-            "positions": self.positions,
-        }
-
-    @staticmethod
-    def from_config(config: dict[str, Any]) -> LowBand:
-        """Inverse of `to_config`. Raises ConfigError for an unknown field."""
-        fields = dict(config)
-        spectrum = fields.pop("spectrum", None)
-        try:
-            return LowBand.of(**fields, spectrum=None if spectrum is None else spectrum_from_config(spectrum))
-        except TypeError as error:
-            raise ConfigError(f"low band: {error}") from None
+def low_alignment(
+    low: LowBand,
+    path: Path,
+    kind: PredictionType,
+    t: float | Tensor,
+    size: Size,
+    preconditioning: Preconditioning | None = None,
+) -> ScaleAlignment:
+    """The coefficients at house times t (any shape) for states of `size` (H, W), on the network's own path."""
+    h, w = low.coarse_size(size)
+    return scale_alignment(path, kind, t, size[0] * size[1] / (h * w), low.missing_power(size), preconditioning)
 
 
 def coarse_config(config: DiTConfig, low: LowBand) -> DiTConfig:

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pliant.adapters.bands import Band, down, up
 from pliant.adapters.flexible_dit import FlexiDiT
-from pliant.adapters.low_band import LowBand, Missing, ScaleAlignment, coarse_network, read_back
-from pliant.adapters.spectra import Spectrum
+from pliant.adapters.low_band import ScaleAlignment, coarse_network, low_alignment, read_back
 from pliant.compute import MATMUL, Compute, Convention
+from pliant.compute.bands import Band, down, up
+from pliant.compute.scale import LowBand, Missing, Positions
+from pliant.compute.spectra import Spectrum
 from pliant.denoiser import Denoiser, Prediction
 from pliant.errors import ConfigError
 from pliant.models.dit import DiT
-from pliant.models.positions import PositionRule
 from pliant.paths import carried
 
 
@@ -61,7 +61,8 @@ class LowBandDenoiser:
         """How calls at house times t (any shape) on `base.path` are fed and read."""
         base, native, size = self.base, self.base.native, self.base.config.input_size
         found = base.match(t)
-        inner = self.low.alignment(
+        inner = low_alignment(
+            self.low,
             native.path, native.prediction, t if found is None else found.time, size, base.preconditioning
         )
         if found is None:
@@ -80,7 +81,7 @@ def low_band(
     band: Band = "haar",
     missing: Missing = "hold",
     spectrum: Spectrum | None = None,
-    positions: PositionRule = "own",
+    positions: Positions = "own",
 ) -> LowBandDenoiser:
     """A training-free weak mode of a denoiser: `low_band(model)(x, t, labels)`. Options: the fields of `LowBand`.
 

@@ -21,6 +21,7 @@ from pliant.compute.cost import (
 from pliant.compute.counted import counted_flops
 from pliant.compute.gate import Gate
 from pliant.compute.reuse import Reuse
+from pliant.compute.scale import LowBand
 from pliant.compute.sites import Site, SiteModel
 from pliant.compute.spent import spent_macs, spent_parts
 from pliant.compute.tokens import Merge, Subset
@@ -36,6 +37,7 @@ __all__ = [
     "Convention",
     "CostParts",
     "Gate",
+    "LowBand",
     "Merge",
     "Moment",
     "Reuse",

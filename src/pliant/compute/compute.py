@@ -9,6 +9,7 @@ from typing import Any
 
 from pliant.compute.gate import Gate
 from pliant.compute.reuse import WHOLE, Reuse
+from pliant.compute.scale import LowBand
 from pliant.compute.sites import format_sites, parse_sites, runs
 from pliant.compute.tokens import Merge, Subset, Tokens, tokens_from_dict, tokens_to_dict
 from pliant.errors import ConfigError, suggest
@@ -31,6 +32,8 @@ class Compute:
     """Fold low-rank adapters into the weights: no extra FLOPs, one more copy of the adapted weights."""
     precision: str | None = None
     """A registered variant, "fp32", "bf16", ...; None: the fastest that is safe for this network and device."""
+    scale: LowBand | None = None
+    """Show the network the state's low band on a smaller grid; None: the state itself."""
     exit: int | None = None
     """Leave after so many blocks through the exit trained there; None: full depth."""
     sites: str | None = None
@@ -60,6 +63,10 @@ class Compute:
             raise ConfigError(f"compute asks for precision {self.precision!r}; expected a name such as 'bf16'.")
         if self.exit is not None and not _is_positive(self.exit):
             raise ConfigError(f"compute has exit {self.exit!r}; expected the number of blocks before it, at least 1.")
+        if self.scale is not None and self.scale.trivial:
+            object.__setattr__(self, "scale", None)
+        if self.scale is not None and (self.patch is not None or self.exit is not None):
+            raise ConfigError("compute asks for a scale together with a patch or an exit; choose one of them")
         object.__setattr__(self, "write", tuple(sorted(set(self.write), key=_write_key)))
         if self.sites is not None:  # one spelling of each list
             object.__setattr__(self, "sites", format_sites(parse_sites(self.sites)))
@@ -127,6 +134,8 @@ class Compute:
             "merged": self.merged,
             "precision": self.precision,
         }
+        if self.scale is not None:
+            values["scale"] = self.scale.to_config()
         if self.exit is not None:
             values["exit"] = self.exit
         if self.sites is not None:
@@ -158,6 +167,7 @@ class Compute:
             "reuse": Reuse.from_dict,
             "tokens": tokens_from_dict,
             "gate": Gate.from_dict,
+            "scale": LowBand.from_config,
             "write": tuple,
         }
         for name, parse in parsers.items():
@@ -172,6 +182,8 @@ class Compute:
             words.append("unmerged")
         if self.precision is not None:
             words.append(self.precision)
+        if self.scale is not None:
+            words.append(f"scale {self.scale.describe()}")
         if self.exit is not None:
             words.append(f"exit {self.exit}")
         if self.sites is not None:

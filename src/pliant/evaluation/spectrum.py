@@ -13,9 +13,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pliant.adapters.bands import coefficients
 from pliant.adapters.low_band import scale_alignment
-from pliant.adapters.spectra import CoefficientSpectrum, PowerLaw, RadialSpectrum, Spectrum
+from pliant.compute.bands import coefficients
+from pliant.compute.spectra import CoefficientSpectrum, PowerLaw, RadialSpectrum, Spectrum
 from pliant.errors import ConfigError, DataError, ShapeError
 from pliant.paths import Path, get_path
 from pliant.paths.path import as_time

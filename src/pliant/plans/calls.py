@@ -71,7 +71,7 @@ def check_reuse(plan: Plan, program: Program, model: Denoiser) -> None:
         step = plan.steps[evaluation.step]
         for call in calls_of(step):
             own, compute = call.model(model), call.compute
-            network = (own.patch_of(compute), own.exit_of(compute))
+            network = (own.patch_of(compute), own.exit_of(compute), compute.scale)
             label = f"step {evaluation.step} (t={step.t:g})"
             planned.append(PlannedCall(label, compute, call.streams, network, 2 * own.shape(compute).depth))
     check_calls(planned)

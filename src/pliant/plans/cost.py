@@ -37,14 +37,22 @@ class PlanCost:
 
 
 def call_flops(
-    model: Denoiser, compute: Compute, guidance: Guidance | None, convention: Convention = MATMUL, hit: bool = False
+    model: Denoiser,
+    compute: Compute,
+    guidance: Guidance | None,
+    convention: Convention = MATMUL,
+    hit: bool = False,
+    t: float | None = None,
 ) -> int:
-    """FLOPs of one evaluation: the conditional call and, if guided, its reference call. hit: if their gates reuse."""
+    """FLOPs of one evaluation: the conditional call and, if guided, its reference call.
+
+    hit: if their gates reuse. t: house time, for networks whose width depends on it.
+    """
     total = 0
     for call in evaluation_calls(compute, guidance):
         own = call.model(model)
-        flops = own.least_flops if hit else own.flops
-        total += len(call.streams) * flops(call.compute, convention)
+        once = own.least_flops(call.compute, convention) if hit else own.flops(call.compute, convention, t)
+        total += len(call.streams) * once
     return total
 
 
@@ -61,9 +69,10 @@ def plan_cost(plan: Plan, model: Denoiser, convention: Convention = MATMUL) -> P
     plan.check(model)
     counts = evaluations_per_step(plan, model)
     full = model.flops(Compute(), convention)
-    step_flops = tuple(
-        n * call_flops(model, s.compute, s.guidance, convention) for n, s in zip(counts, plan.steps, strict=True)
-    )
+    step_flops = [0] * len(plan.steps)
+    for evaluation in plan.program(model).evaluations:
+        s, t = plan.steps[evaluation.step], evaluation.node.t
+        step_flops[evaluation.step] += call_flops(model, s.compute, s.guidance, convention, t=t)
     seen: set[Hashable] = set()
     saved = 0
     for n, s in zip(counts, plan.steps, strict=True):
@@ -82,4 +91,4 @@ def plan_cost(plan: Plan, model: Denoiser, convention: Convention = MATMUL) -> P
     # Full compute: every call at the model's own patch size, and what guidance saves by not calling is not forgotten.
     whole = [n * (1 if s.guidance is None else 2) for n, s in zip(counts, plan.steps, strict=True)]
     total = sum(step_flops)
-    return PlanCost(total, sum(whole) * full, sum(counts), sum(streams), step_flops, total - saved)
+    return PlanCost(total, sum(whole) * full, sum(counts), sum(streams), tuple(step_flops), total - saved)

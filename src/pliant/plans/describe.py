@@ -32,6 +32,8 @@ OPTIONAL = ("runs", "cache")
 def runs_text(compute: Compute) -> str:
     """What of the network runs: "all", an exit, sites by letter, a share of the tokens."""
     words = [] if compute.exit is None else [f"exit {compute.exit}"]
+    if compute.scale is not None:
+        words.append(f"scale {compute.scale.describe()}")
     if compute.sites is not None:
         words.append(compute.sites)
     if compute.tokens is not None:

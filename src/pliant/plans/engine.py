@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pliant.adapters.alignment import coarse
 from pliant.adapters.flexible_dit import FlexiDiT
+from pliant.adapters.low_band import ScaleAlignment, read_back
 from pliant.adapters.packing import Call, choose_packing, packed_forward
+from pliant.adapters.width import DynamicDiT
+from pliant.adapters.width_slicing import width_variants
 from pliant.compute import Compute
+from pliant.compute.bands import down, up
 from pliant.compute.cache import Cache, Moment, Streams
 from pliant.compute.executor import Call as SiteCall
 from pliant.compute.lowering import SiteProgram, lower
@@ -33,8 +37,8 @@ TABLE_BYTES = 32 * 2**20
 RawCall = Callable[[Tensor, int], Tensor]
 """(state, position in the list of times) -> raw network output."""
 
-NetworkKey: TypeAlias = tuple[tuple[int, ...], int | None, bool, str | None]
-"""Patch size, exit, merged, precision: computes that agree in these run the same plain network."""
+NetworkKey: TypeAlias = tuple[Any, ...]
+"""Patch size, exit, scale, merged, precision: computes that agree in these run the same plain network."""
 Networks: TypeAlias = dict[NetworkKey, DiT | None]
 """Plain networks made so far; None where this one cannot be made plain."""
 
@@ -50,7 +54,8 @@ class Lowered:
         self.denoiser = denoiser
         self.compute = compute
         networks = {} if networks is None else networks
-        self.grid = (denoiser.patch_of(compute), denoiser.exit_of(compute))
+        self.grid = (denoiser.patch_of(compute), denoiser.exit_of(compute), compute.scale)
+        self.low = None if compute.scale is None else denoiser.low_band(compute)
         key = (*self.grid, compute.merged, compute.precision)
         if key not in networks:
             networks[key] = self._plain_network()
@@ -62,6 +67,8 @@ class Lowered:
         if not compute.plain:
             if self.plain is None:
                 raise PlanError("sites, caches and token subsets need merged adapters and a network without LayerNorms")
+            if isinstance(denoiser.network, DynamicDiT):
+                raise PlanError("sites, caches and token subsets do not work on a network with routed width")
             tokens = compute.tokens is not None or "kv" in compute.write
             self.sites = (DiTTokens if tokens else DiTSites)(self.plain)
             self.program = lower(compute, len(self.sites.sites))
@@ -69,13 +76,11 @@ class Lowered:
     def _plain_network(self) -> DiT | None:
         compute = self.compute
         network = self.denoiser.network_for(compute)
-        if isinstance(network, DiT):
-            plain = network
-        elif compute.merged and network.spec.norm != "layernorm":
-            plain = network.materialize(self.grid[0])
-        else:
-            return None
-        return variant(plain, resolve_precision(compute.precision, plain))
+        if isinstance(network, FlexiDiT):
+            if not compute.merged or network.spec.norm == "layernorm":
+                return None
+            network = network.materialize(self.denoiser.patch_of(compute))
+        return variant(network, resolve_precision(compute.precision, network))
 
     def bind(
         self, times: Sequence[float], labels: Tensor, cache: Cache | None = None, streams: Streams = ("cond",)
@@ -107,7 +112,14 @@ class BoundCalls:
         denoiser = lowered.denoiser
         house = torch.tensor(list(times), dtype=torch.float64)
         self.aligned: list[_Aligned] = []
-        a = denoiser.align(lowered.compute, house)
+        self.low: list[ScaleAlignment] = []
+        a = None
+        if lowered.low is not None:
+            low = lowered.low.alignment(house)
+            house = low.time
+            self.low = [low.at(k) for k in range(len(house))]
+        else:
+            a = denoiser.align(lowered.compute, house)
         if a is not None:
             house = a.time
             columns = (a.input_scale, a.on_state, a.on_coarse, a.on_output)
@@ -117,6 +129,15 @@ class BoundCalls:
         self.table: ModulationTable | SharedRows | None = None
         if lowered.plain is not None:
             self.table = ModulationTable(lowered.plain, self.network_times, labels)
+        self.cut: list[DiT] = []
+        """The network of every time, where its width depends on the time."""
+        if isinstance(denoiser.network, DynamicDiT) and lowered.plain is not None:
+            key = resolve_precision(lowered.compute.precision, denoiser.network.base)
+            made: dict[int, DiT] = {}
+            for network in width_variants(denoiser.network, self.network_times):
+                if id(network) not in made:
+                    made[id(network)] = variant(network, key)
+                self.cut.append(made[id(network)])
 
     def call(self, k: int, x: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor | None]:
         """(value in house sign and the denoiser's kind, variance code or None) for states x (B, C, H, W).
@@ -127,7 +148,8 @@ class BoundCalls:
         if lowered.plain is None or self.table is None:
             raw = lowered.denoiser.run(scaled, self.network_times[k], self.labels, lowered.compute)
         elif lowered.program is None or lowered.sites is None:
-            raw = lowered.plain.forward_modulated(scaled, self.table.rows(k))
+            network = self.cut[k] if self.cut else lowered.plain
+            raw = network.forward_modulated(scaled, self.table.rows(k))
         else:
             if moment is None:
                 raise PlanError("a call that keeps or reuses values needs to know when it happens; pass its moment")
@@ -137,12 +159,20 @@ class BoundCalls:
 
     def scaled(self, k: int, x: Tensor) -> Tensor:
         """The network's input for states x."""
+        if self.lowered.low is not None:
+            size = self.lowered.low.coarse.config.input_size
+            return down(x, size, self.lowered.low.low.band) * float(self.low[k].input_scale)
         return x * self.aligned[k].input_scale if self.aligned else x
 
     def finish(self, k: int, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's raw output for states x as (value, variance code)."""
         lowered, denoiser = self.lowered, self.lowered.denoiser
         value, variance = denoiser.split(raw)
+        if lowered.low is not None:
+            band, size = lowered.low.low.band, denoiser.config.input_size
+            low = down(x, (value.shape[-2], value.shape[-1]), band)
+            variance = None if variance is None else up(variance, size, band)
+            return read_back(x, low, value, self.low[k], band), variance
         if self.aligned:
             a = self.aligned[k]
             read = x * a.on_state

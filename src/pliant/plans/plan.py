@@ -253,6 +253,7 @@ def check_step(step: Step, model: Denoiser) -> None:
         own = call.model(model)
         own.patch_of(call.compute)
         own.exit_of(call.compute)
+        own.shape(call.compute)  # a smaller grid may not exist
     check_tokens(calls_of(step), model)
     if step.guidance is not None:
         check_guidance(step.guidance, step.compute, model)
@@ -272,6 +273,9 @@ def check_guidance(guidance: Guidance, compute: Compute, model: Denoiser) -> Non
     reference = guidance.compute or compute
     if guidance.against == "guide":
         return
+    scaled = reference.scale is not None or compute.scale is not None
+    if scaled and model.flops(reference) > model.flops(compute):
+        raise PlanError("the guidance call costs more than the conditional one; guidance compares with a weaker call")
     patch, leave = model.patch_of(compute), model.exit_of(compute)
     coarser, earlier = model.patch_of(reference), model.exit_of(reference)
     if coarser[0] * coarser[1] < patch[0] * patch[1]:

@@ -86,6 +86,7 @@ def plan_schema() -> dict[str, Any]:
             "patch": _or_null(patch),
             "merged": {"type": "boolean"},
             "precision": _or_null({"type": "string"}),
+            "scale": _or_null({"type": "object"}),
             "exit": _or_null({"type": "integer", "minimum": 1}),
             "sites": _or_null(SITES),
             "reuse": _or_null(_reuse()),

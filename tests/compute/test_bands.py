@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.fft import dctn
 from torch import Tensor
 
-from pliant.adapters.bands import (
+from pliant.compute.bands import (
     BANDS,
     Band,
     Size,
