@@ -14,10 +14,11 @@ from torch import Tensor
 from pliant.compute import Gate
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
+from pliant.guidance import Guidance
 from pliant.models import DiT, DiTConfig
 from pliant.models.dit_sites import DiTSites
 from pliant.paths import NetworkTime, get_path
-from pliant.plans import Plan, sample
+from pliant.plans import Plan, sample, sample_steps
 from pliant.plans.caching import freeze
 from pliant.plans.caching.measure import run_plan
 from pliant.plans.noise import seeded_noise
@@ -222,6 +223,51 @@ def test_streams_decide_for_themselves(model: Denoiser, name: str) -> None:
 
 def _warm(name: str) -> dict[str, int]:
     return {"warmup": 2} if name == "dbcache" else {}
+
+
+MIXED = [
+    ("teacache", {"threshold": 0.08}),
+    ("fbc", {"threshold": 0.7}),
+    ("dbcache", {"threshold": 0.7, "front": 2, "warmup": 2, "order": 1}),
+    ("easycache", {"threshold": 0.4, "warmup": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), MIXED)
+def test_rows_that_disagree_are_what_they_are_alone(model: Denoiser, name: str, options: dict[str, Any]) -> None:
+    """Sheet E, 10.4, check 7, through whole guided plans."""
+    plan = Plan.uniform(model, STEPS, "euler", guidance=3.0).cached(model, name, **options)
+    labels, seeds = [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]
+    assert len({tuple(row) for row in decisions(plan, model, labels, seeds)}) > 1
+    alone = torch.cat([sample(model, plan, [y], [s]) for y, s in zip(labels, seeds, strict=True)])
+    torch.testing.assert_close(sample(model, plan, labels, seeds), alone, atol=1e-4, rtol=1e-3)
+
+
+def test_two_interleaved_requests_are_what_they_are_alone(model: Denoiser) -> None:
+    """Nothing is kept in the model: requests with different presets may take turns."""
+    plans = [
+        Plan.uniform(model, STEPS, "euler", guidance=3.0).cached(model, name, **options)
+        for name, _, options in (CASES[0], CASES[7])
+    ]
+    alone = [sample(model, plan, [2], [7]) for plan in plans]
+    turns = [sample_steps(model, plan, [2], [7]) for plan in plans]
+    last = [None, None]
+    for results in zip(*turns, strict=True):
+        last = [r.x for r in results]
+    assert all(torch.equal(a, b) for a, b in zip(last, alone, strict=True))
+
+
+def test_guidance_that_begins_late_starts_its_stream_in_full(model: Denoiser) -> None:
+    plan = Plan.uniform(model, STEPS, "euler")
+    late = plan.with_steps(
+        replace(s, guidance=Guidance.cfg(3.0)) if i >= 5 else s for i, s in enumerate(plan.steps)
+    ).cached(model, "teacache", threshold=1e6)
+    votes = [(d.step, d.streams, d.hit) for d in run_plan(late, model, [2], [7]).decisions]
+    assert votes[4] == (4, ("cond",), (True,))
+    assert votes[5] == (5, ("cond", "null"), (False, False))
+    assert votes[6] == (6, ("cond", "null"), (True, True))
+    frozen = late.freeze(model, [2], [7])
+    assert torch.equal(sample(model, frozen, [2], [7]), sample(model, late, [2], [7]))
 
 
 def test_first_and_last_steps_are_protected(model: Denoiser) -> None:
