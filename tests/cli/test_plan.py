@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import pliant
+from pliant.guidance import Guidance, Projected
 from pliant.paths import make_grid
 from pliant.plans import Plan
 from support.cli import Run, refused
@@ -150,3 +151,19 @@ def test_grid_is_spelt_the_same_everywhere(flexible: Path, plan_file: Path, run:
     refused(run("sample", flexible, "--plan", plan_file, "--grid", "karras"), "leave out --grid")
     refused(run("sample", flexible, "--grid", "karas"), "'karras'")
     refused(run("eval", flexible, "--reference", "digits", "--grid", "karas"), "'karras'")
+
+
+def test_guide_names_how_guidance_is_applied(flexible: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "plan.json"
+    run("plan", flexible, "--steps", 6, "--guidance", 2, "--guide", "every:period=3", "-o", file)
+    plan = Plan.load(file)
+    assert [s.guidance.against for s in plan.steps if s.guidance] == ["null", "difference", "difference"] * 2
+    run("plan", flexible, "--steps", 6, "--guidance", 2, "--guide", "projected:momentum=-0.5,rescale=0.7", "-o", file)
+    assert Plan.load(file).steps[0].guidance == Guidance.cfg(2.0, rule=Projected(momentum=-0.5), rescale=0.7)
+    for wrong, words in (
+        (("--guide", "every"), "say how far"),
+        (("--guidance", "2", "--guide", "evry"), "did you mean 'every'"),
+        (("--guidance", "2", "--guide", "every:n=3"), "takes period"),
+        (("--guidance", "2", "--guide", "interval:least=3,most=1"), "empty"),
+    ):
+        refused(run("plan", flexible, "--steps", 6, *wrong, "-o", file), words)

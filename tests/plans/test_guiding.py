@@ -14,7 +14,7 @@ from pliant.errors import ConfigError, PlanError
 from pliant.guidance import Guidance, Projected, Zero
 from pliant.models import DiT
 from pliant.plans import Plan, Sampler, sample
-from pliant.plans.guiding import computed_every, computed_once, guided_between, zero_star
+from pliant.plans.guiding import computed_every, computed_once, guided_between, guided_plan, zero_star
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_no_reference_calls_outside_the_interval(make, counted: list[int]) -> No
 
 def test_still_steps_call_nothing_and_move_nothing(make, counted: list[int]) -> None:  # type: ignore[no-untyped-def]
     model = make(flexible=False)
-    plan = zero_star(Plan.uniform(model, 25, "euler"), 3.0)
+    plan = zero_star(Plan.uniform(model, 25, "euler"), Guidance.cfg(3.0))
     assert [s.guidance.still for s in plan.steps if s.guidance] == [True] + [False] * 24
     counted.clear()
     x = torch.randn(1, 2, 8, 8)
@@ -69,7 +69,7 @@ def test_the_remembered_negative_is_the_virtual_one(make, counted: list[int]) ->
     """One unconditional call; later references say that the clean data is what it saw."""
     model = make(flexible=False)
     labels, x = torch.tensor([1, 2]), torch.randn(2, 2, 8, 8)
-    plan = computed_once(Plan.uniform(model, 5, "euler"), 2.0)
+    plan = computed_once(Plan.uniform(model, 5, "euler"), Guidance.cfg(2.0))
     counted.clear()
     got = sample(model, plan, labels, x=x)
     assert counted == [4, 2, 2, 2, 2] and plan.cost(model).calls == 6
@@ -188,11 +188,26 @@ def test_bad_guiding_is_refused(make) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(PlanError, match="no step starts"):
         guided_between(plan, Guidance.cfg(2.0), 1e-9, 1e-8)
     with pytest.raises(PlanError, match="some step must move"):
-        zero_star(plan, 2.0, still=5)
+        zero_star(plan, Guidance.cfg(2.0), still=5)
     with pytest.raises(PlanError, match="at least 1"):
         computed_every(plan, Guidance.cfg(2.0), 0)
     other = Plan.uniform(ddpm, 5, "ddim")
     with pytest.raises(PlanError, match=r"step 0 .*zero velocity"):
-        zero_star(other, 2.0, still=1).check(ddpm)
+        zero_star(other, Guidance.cfg(2.0), still=1).check(ddpm)
     still = Guidance.cfg(2.0, rule=Zero(still=True))
     assert Guidance.from_dict(still.to_dict()) == still
+
+
+def test_ways_to_guide_by_name(make) -> None:  # type: ignore[no-untyped-def]
+    model = make()
+    plan, g = Plan.uniform(model, 6, "euler"), Guidance.cfg(2.0)
+    assert guided_plan(plan, g, "every", period=2) == computed_every(plan, g, 2)
+    projected = guided_plan(plan, g, "projected", momentum=-0.5, rescale=0.7)
+    assert projected.steps[3].guidance == Guidance.cfg(2.0, rule=Projected(momentum=-0.5), rescale=0.7)
+    for name, options, words in (
+        ("intervall", {}, "did you mean 'interval'"),
+        ("every", {"periode": 2}, "takes period, first, gain"),
+        ("projected", {"moment": 1}, "projected"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            guided_plan(plan, g, name, **options)

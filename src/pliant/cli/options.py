@@ -73,6 +73,15 @@ GuidanceScale = Annotated[
     float | None,
     typer.Option("--guidance", help="Classifier-free guidance scale; 1 is none.  [default: 1]", show_default=False),
 ]
+GuideName = Annotated[
+    str | None,
+    typer.Option(
+        "--guide",
+        help="How --guidance is applied: interval:least=0.28,most=1.6, every:period=3, once, zero-star, "
+        "projected:momentum=-0.5, damped, tangential, banded:low=1. See docs/guidance.md.",
+        show_default=False,
+    ),
+]
 GuidedChannels = Annotated[
     int | None,
     typer.Option("--guided-channels", min=1, help="Guide only the first so many (3: as DiT and SiT papers)."),

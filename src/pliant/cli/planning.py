@@ -33,6 +33,7 @@ class PlanOptions:
     precision: str | None = None
     grid: str | None = None
     cache: str | None = None
+    guide: str | None = None
 
     def given(self) -> list[str]:
         """The options that were typed, as typed."""
@@ -99,12 +100,26 @@ def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
             guided_channels=options.guided_channels,
             weak_last=options.weak_last,
         )
+    if options.guide is not None:
+        plan = _guided(plan, options)
     if options.precision is not None:
         plan = with_precision(plan, options.precision)
     return plan if options.cache is None else plan.cached(model, **cache_config(options.cache))
 
 
-def _guidance(options: PlanOptions) -> float | Guidance | None:
+def _guided(plan: Plan, options: PlanOptions) -> Plan:
+    """The plan guided as --guide says, at the scale of --guidance. Raises ConfigError without one."""
+    from pliant.plans.guiding import guided_plan
+
+    guidance = _guidance(options)
+    if guidance is None:
+        raise ConfigError("--guide says how to guide; say how far, too: --guidance 2")
+    if options.weak_guidance_steps:
+        raise ConfigError("--guide and --weak-guidance-steps both decide about guidance: give one of them")
+    return guided_plan(plan, guidance, **_named(options.guide or "", "guidance", "interval:least=0.28,most=1.6"))
+
+
+def _guidance(options: PlanOptions) -> Guidance | None:
     from pliant.guidance import Guidance
 
     if options.guidance in (None, 1.0):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-from pliant.errors import PlanError
-from pliant.guidance import Guidance, Zero
+from pliant.errors import PlanError, suggest
+from pliant.guidance import RULES, Guidance, Zero
+from pliant.guidance.rules import rule_from_dict
 from pliant.plans.plan import Plan
 
 
-def guided_between(plan: Plan, guidance: Guidance, least: float, most: float) -> Plan:
+def guided_between(plan: Plan, guidance: Guidance, least: float = 0.283, most: float = 1.609) -> Plan:
     """Guidance only where the noise ratio sigma/alpha lies in [least, most]; other steps make no reference call.
 
     Decided at the start of a step and kept for all its evaluations (interval guidance, arXiv 2404.07724). On the
@@ -29,7 +33,7 @@ def guided_between(plan: Plan, guidance: Guidance, least: float, most: float) ->
     )
 
 
-def zero_star(plan: Plan, scale: float, still: int | None = None) -> Plan:
+def zero_star(plan: Plan, guidance: Guidance, still: int | None = None) -> Plan:
     """CFG-Zero* (arXiv 2503.18886) at every step; the first `still` of them (default 4 %) leave the state alone.
 
     Raises PlanError if no step is left to move.
@@ -39,24 +43,23 @@ def zero_star(plan: Plan, scale: float, still: int | None = None) -> Plan:
         raise PlanError(f"{count} still steps of {len(plan.steps)}: some step must move the state")
     rules = [Zero(still=True)] * count + [Zero()] * (len(plan.steps) - count)
     return plan.with_steps(
-        replace(s, guidance=Guidance.cfg(scale, rule=rule)) for s, rule in zip(plan.steps, rules, strict=True)
+        replace(s, guidance=replace(guidance, rule=rule)) for s, rule in zip(plan.steps, rules, strict=True)
     )
 
 
-def computed_once(plan: Plan, scale: float, moderation: float = 1.0) -> Plan:
+def computed_once(plan: Plan, guidance: Guidance, moderation: float = 1.0) -> Plan:
     """The unconditional prediction is computed at the first step only, and remembered as the clean data it saw.
 
     StreamDiffusion's one-time negative (arXiv 2312.12491): a guided plan at the price of one more call.
     """
-    first = Guidance.cfg(scale)
-    later = Guidance(scale, "remembered", moderation=moderation)
+    later = replace(guidance, against="remembered", compute=None, moderation=moderation)
     return plan.with_steps(
-        replace(s, guidance=first if i == 0 else later) for i, s in enumerate(plan.steps)
+        replace(s, guidance=guidance if i == 0 else later) for i, s in enumerate(plan.steps)
     )
 
 
 def computed_every(
-    plan: Plan, guidance: Guidance, period: int, first: int = 1, gain: tuple[float, float] = (1.0, 1.0)
+    plan: Plan, guidance: Guidance, period: int = 3, first: int = 1, gain: tuple[float, float] = (1.0, 1.0)
 ) -> Plan:
     """The reference is computed at the first `first` steps, then at every `period`-th; in between it is reused.
 
@@ -65,9 +68,36 @@ def computed_every(
     """
     if period < 1 or first < 1:
         raise PlanError(f"a reference computed every {period} steps, first for {first}: both must be at least 1")
-    reused = Guidance(guidance.scale, "difference", channels=guidance.channels, rule=guidance.rule,
-                      rescale=guidance.rescale, gain=gain)  # fmt: skip
+    reused = replace(guidance, against="difference", compute=None, gain=gain)
     return plan.with_steps(
         replace(s, guidance=guidance if i < first or (i - first + 1) % period == 0 else reused)
         for i, s in enumerate(plan.steps)
     )
+
+
+GUIDING: dict[str, Callable[..., Plan]] = {
+    "interval": guided_between,
+    "zero-star": zero_star,
+    "once": computed_once,
+    "every": computed_every,
+}
+
+
+def guided_plan(plan: Plan, guidance: Guidance, name: str, **options: Any) -> Plan:
+    """The plan guided in a named way: one of `GUIDING`, or a rule of `pliant.guidance.RULES` at every step.
+
+    Options are those of the function or rule; rules also take `rescale`. Raises PlanError for unknown ones.
+    """
+    if name in RULES and name != "zero":
+        rescale = options.pop("rescale", 0.0)
+        every = replace(guidance, rule=rule_from_dict({"name": name, **options}), rescale=rescale)
+        return plan.with_steps(replace(s, guidance=every) for s in plan.steps)
+    known = [*GUIDING, *(rule for rule in RULES if rule != "zero")]
+    if name not in GUIDING:
+        raise PlanError(f"unknown way to guide {name!r}; {suggest(name, known)}")
+    function = GUIDING[name]
+    takes = list(inspect.signature(function).parameters)[2:]
+    for option in options:
+        if option not in takes:
+            raise PlanError(f"guiding {name!r} takes {', '.join(takes)}, not {option!r}")
+    return function(plan, guidance, **options)
