@@ -194,7 +194,7 @@ def block_orders(steps: int, order: int, lower_final: bool) -> list[int]:
     """diffusers' order of each step: blocks 1..order, the last ones shortened (sheet D, 13.7)."""
     block = list(range(1, order + 1))
     if not lower_final:
-        return (block * (steps // order + 1))[:steps]
+        return [block[i % order] for i in range(steps)]
     whole, rest = divmod(steps, order)
     if order == 1:
         return [1] * steps
