@@ -19,6 +19,7 @@ from pliant.adapters.alignment import Alignment, alignment, coarse, precondition
 from pliant.adapters.exit_dit import ExitDiT
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.adapters.low_band import coarse_config
+from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.adapters.width import DynamicDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, spent_macs
 from pliant.errors import ConfigError, ShapeError
@@ -39,7 +40,7 @@ from pliant.paths import (
 if TYPE_CHECKING:
     from pliant.adapters.low_band_denoiser import LowBandDenoiser
 
-Network: TypeAlias = DiT | FlexiDiT | ExitDiT | DynamicDiT
+Network: TypeAlias = DiT | FlexiDiT | ExitDiT | DynamicDiT | TokenRoutedDiT
 
 
 @dataclass
@@ -259,7 +260,8 @@ class Denoiser:
     @property
     def core(self) -> DiT | FlexiDiT:
         """The network without its exits or routers."""
-        return self.network.base if isinstance(self.network, ExitDiT | DynamicDiT) else self.network
+        added = ExitDiT | DynamicDiT | TokenRoutedDiT
+        return self.network.base if isinstance(self.network, added) else self.network
 
     @property
     def exit_depths(self) -> tuple[int, ...]:
@@ -373,6 +375,7 @@ class Denoiser:
             classes=config.label_rows,
             block_heads=config.block_heads,
             block_hidden=config.block_hidden,
+            router_hidden=self.network.spec.features(config) if isinstance(self.network, TokenRoutedDiT) else 0,
         )
 
     def flops(
@@ -432,6 +435,8 @@ class Denoiser:
             network["exits"] = self.network.spec.to_dict()
         if isinstance(self.network, DynamicDiT):
             network["width"] = self.network.spec.to_dict()
+        if isinstance(self.network, TokenRoutedDiT):
+            network["routers"] = self.network.spec.to_dict()
         identity = {
             "network": network,
             "path": self.path.to_config(),
@@ -451,6 +456,6 @@ class Denoiser:
         asks for is checked there.
         """
         identity = self.identity()
-        for added in ("flex", "exits", "width"):
+        for added in ("flex", "exits", "width", "routers"):
             identity["network"].pop(added, None)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

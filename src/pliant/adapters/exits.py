@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from pliant.adapters.exit_dit import ExitDiT, ExitSpec, Gates, depths_of
+from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.adapters.width import DynamicDiT
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
@@ -23,5 +24,7 @@ def attach_exits(denoiser: Denoiser, depths: Iterable[int] = (2, 4), *, gates: G
         raise ConfigError("this model has exits already; attach them to its original, naming all depths at once")
     if isinstance(denoiser.network, DynamicDiT):
         raise ConfigError("a network with width routers takes no exits; attach them to its original")
+    if isinstance(denoiser.network, TokenRoutedDiT):
+        raise ConfigError("a network with token routers takes no exits; attach them to its original")
     network = ExitDiT(copy.deepcopy(denoiser.core), ExitSpec(depths_of(depths), gates))
     return replace(denoiser, network=network.train(denoiser.network.training), forward=None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pliant.adapters import DynamicDiT, ExitDiT, FlexiDiT, FlexSpec
+from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
 from pliant.models.patches import patch_pair
@@ -28,6 +29,8 @@ def flexify(
         raise ConfigError("flexify comes before exits: flexify the model without them, then attach_exits")
     if isinstance(denoiser.network, DynamicDiT):
         raise ConfigError("a network with width routers has one patch size; flexify its original")
+    if isinstance(denoiser.network, TokenRoutedDiT):
+        raise ConfigError("flexify comes before token routers: flexify the model without them")
     if isinstance(denoiser.network, FlexiDiT):
         raise ConfigError("this model is flexible already; flexify its original, naming all patch sizes at once")
     try:

@@ -54,6 +54,8 @@ class TransformerShape:
     """Heads that each block has left, where some are cut away; None: all of them."""
     block_hidden: tuple[int, ...] | None = None
     """Hidden features that each block's MLP has left; None: int(m*D) everywhere."""
+    router_hidden: int = 0
+    """Hidden features of each site's token router; 0: there are none."""
 
     def __post_init__(self) -> None:
         positive = ("depth", "width", "heads", "in_channels", "out_channels", "tokens", "frequency_dim")
@@ -130,6 +132,8 @@ class CostParts:
     """The time embedder's MLP; once per image. The label table is a look-up."""
     layer_norm: int
     """Layer norms as fvcore counts them: one multiply-add per feature."""
+    routers: int = 0
+    """Token routers, where a call asks them."""
 
     def total(self, convention: Convention) -> int:
         """Sum of the parts that the convention counts. Raises `ConfigError` for an unknown part."""

@@ -13,6 +13,7 @@ from pliant.compute.gate import Gate, mean_change, mean_size
 from pliant.compute.lowering import AddBranch, AddSpan, Mark, Operation, Run, RunStore, SiteProgram
 from pliant.compute.merging import match
 from pliant.compute.reuse import Reuse
+from pliant.compute.routed import RoutedModel, routed_output
 from pliant.compute.sites import Branch, SiteModel, State
 from pliant.compute.subset import TokenModel, subset_output
 from pliant.compute.tokens import Merge, Subset
@@ -57,6 +58,9 @@ class Call:
         state, context = self.model.begin(*inputs)
         if program.compute.gate is not None:
             return self._gated(x, state, context, program.compute.gate)
+        if isinstance(program.compute.tokens, Subset) and program.compute.tokens.rule == "router":
+            count = program.compute.tokens.count(state[0].shape[1])
+            return routed_output(cast(RoutedModel, self.model), state, context, count)
         if isinstance(program.compute.tokens, Subset) and self.cache.regions.active is not None:
             active = self.cache.regions.active.repeat(len(self.streams), 1)
             return subset_output(self._tokens, state, context, active, self._keys, self._keep_keys)

@@ -30,15 +30,22 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
     # Rows that queries, keys and the MLP have.
     queries = keys = rows = N
     similarity = 0
+    routers = 0
+    routed = isinstance(compute.tokens, Subset) and compute.tokens.rule == "router"
     if isinstance(compute.tokens, Subset):
         queries = rows = compute.tokens.count(N)
+        if routed:
+            routers = 2 * L * shape.router_hidden * (N * (D + 2) + D)
     elif isinstance(compute.tokens, Merge):
         queries = keys = compute.tokens.count(N)
         similarity = _similarity(shape, compute.tokens)
     attention = sum(width for i, width in enumerate(inner) if letters[2 * i] == "R")
     mlp = sum(width for i, width in enumerate(hidden) if letters[2 * i + 1] == "R")
+    ends = N if routed else rows  # rows of the head
     rank = None if compute.reuse is None else compute.reuse.rank
     projections, products, seen = queries * 4 * D * attention, rows * 2 * D * mlp, letters.count("R")
+    if routed:  # keys and values of all tokens
+        projections = (queries + N) * 2 * D * attention
     if rank is not None:  # reused sites still multiply, by matrices of that rank, and attend
         again = [i for i in range(L) if letters[2 * i] == "C"]
         projections += queries * sum(_low(rank, D, 3 * inner[i]) + _low(rank, inner[i], D) for i in again)
@@ -55,10 +62,11 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
         cross_context=whole.cross_context,
         cross_attention=whole.cross_attention,
         lora=whole.lora,
-        final=whole.final * rows // N,
+        final=whole.final * ends // N,
         modulation=whole.modulation,
         embedders=whole.embedders,
-        layer_norm=(seen * queries + rows) * D,
+        layer_norm=(seen * (N if routed else queries) + ends) * D,
+        routers=routers,
     )
 
 

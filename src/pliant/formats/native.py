@@ -20,6 +20,7 @@ from torch import Tensor
 from pliant.adapters.exit_dit import ExitDiT, ExitSpec
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.adapters.spec import FlexSpec
+from pliant.adapters.token_router import RouterSpec, TokenRoutedDiT
 from pliant.adapters.width import DynamicDiT, WidthSpec
 from pliant.denoiser import Denoiser, Network, Trained
 from pliant.errors import FormatError, PliantError
@@ -44,7 +45,7 @@ def save(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None =
 
 def save_adapter(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None = None) -> None:
     """Write only what was added: exits or routers if there are any, else what flexification added (recipe "lora")."""
-    if not isinstance(denoiser.network, FlexiDiT | ExitDiT | DynamicDiT):
+    if not isinstance(denoiser.network, FlexiDiT | ExitDiT | DynamicDiT | TokenRoutedDiT):
         raise FormatError(
             "this model is not flexible and has no exits, so it has no adapter; see pliant.flexify, attach_exits"
         )
@@ -99,6 +100,7 @@ class Meaning(NamedTuple):
     flex: FlexSpec | None
     exits: ExitSpec | None
     width: WidthSpec | None
+    routers: RouterSpec | None
     path: Path
     prediction: PredictionType
     network_time: NetworkTime
@@ -126,12 +128,14 @@ def parse(config: dict[str, Any], where: object) -> Meaning:
         raise FormatError(f"{where} has config version {config.get('version')!r}, this Pliant reads version {VERSION}")
     try:
         flex, exits, width = (config["network"].get(name) for name in ("flex", "exits", "width"))
+        routers = config["network"].get("routers")
         preconditioning, trained = config.get("preconditioning"), config.get("trained")
         return Meaning(
             dit=DiTConfig.from_dict(config["network"]["dit"]),
             flex=FlexSpec.from_dict(flex) if flex else None,
             exits=ExitSpec.from_dict(exits) if exits else None,
             width=WidthSpec.from_dict(width) if width else None,
+            routers=RouterSpec.from_dict(routers) if routers else None,
             path=path_from_config(config["path"]),
             prediction=prediction_type(config["prediction"]),
             network_time=NetworkTime.from_config(config["network_time"]),
@@ -155,6 +159,8 @@ def build(config: dict[str, Any], where: object) -> Denoiser:
         network: DiT | FlexiDiT = FlexiDiT(base, meaning.flex) if meaning.flex else base
         if meaning.width:
             return meaning.denoiser(DynamicDiT(base, meaning.width))
+        if meaning.routers:
+            return meaning.denoiser(TokenRoutedDiT(network, meaning.routers))
         if meaning.exits:
             return meaning.denoiser(ExitDiT(network, meaning.exits))
         return meaning.denoiser(network)
@@ -182,7 +188,7 @@ def load(folder: str | FilePath) -> Denoiser:
     if not file.exists() and (folder / ADAPTER_FILE).exists():
         raise FormatError(f"{folder} holds only an adapter; load its base model first, then pliant.load_adapter")
     tensors = read_tensors(file)
-    if meaning.flex is None and meaning.exits is None and meaning.width is None:
+    if (meaning.flex, meaning.exits, meaning.width, meaning.routers) == (None,) * 4:
         _check_fit(meta_dit(meaning.dit).state_dict(), tensors, file)
         names = list(tensors)
         del tensors
@@ -231,8 +237,10 @@ def load_adapter(denoiser: Denoiser, folder: str | FilePath) -> Denoiser:
     if isinstance(wanted, FlexiDiT) and isinstance(denoiser.network, ExitDiT):
         raise FormatError(f"{folder} adds patch sizes, which go below exits; load it first, then the exits")
     try:
-        network: FlexiDiT | ExitDiT | DynamicDiT
-        if isinstance(wanted, DynamicDiT):
+        network: FlexiDiT | ExitDiT | DynamicDiT | TokenRoutedDiT
+        if isinstance(wanted, TokenRoutedDiT):
+            network = TokenRoutedDiT(core, wanted.spec)
+        elif isinstance(wanted, DynamicDiT):
             network = DynamicDiT(base, wanted.spec)
         else:
             network = ExitDiT(core, wanted.spec) if isinstance(wanted, ExitDiT) else FlexiDiT(base, wanted.spec)

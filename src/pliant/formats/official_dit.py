@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pliant.adapters import DynamicDiT, ExitDiT, FlexiDiT
+from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, FormatError
 from pliant.files import replaced_file
@@ -275,6 +276,8 @@ def plain_network_only(denoiser: Denoiser) -> None:
         )
     if isinstance(denoiser.network, DynamicDiT) or denoiser.config.block_heads or denoiser.config.block_hidden:
         raise FormatError("the blocks of this model differ in width and only format 'pliant' can hold that")
+    if isinstance(denoiser.network, TokenRoutedDiT):
+        raise FormatError("this model has token routers and only format 'pliant' can hold them")
     if isinstance(denoiser.network, ExitDiT):
         raise FormatError(
             "this model has early exits and only format 'pliant' can hold them; to export it without them, save "

@@ -72,6 +72,8 @@ class Source:
         width = self.identity["network"].get("width")
         if width:
             lines.append(f"dynamic width: routes {', '.join(width['routes'])} (base {width['base']})")
+        if self.identity["network"].get("routers"):
+            lines.append("token routers: every site can leave out tokens")
         return "\n".join([*lines, *self.notes])
 
 

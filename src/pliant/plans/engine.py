@@ -17,9 +17,11 @@ from pliant.adapters.alignment import coarse
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.adapters.low_band import ScaleAlignment, read_back
 from pliant.adapters.packing import Call, choose_packing, packed_forward
+from pliant.adapters.routed_sites import RoutedSites
+from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.adapters.width import DynamicDiT
 from pliant.adapters.width_slicing import width_variants
-from pliant.compute import Compute
+from pliant.compute import Compute, Subset
 from pliant.compute.bands import down, up
 from pliant.compute.cache import Cache, Moment, Streams
 from pliant.compute.executor import Call as SiteCall
@@ -70,7 +72,11 @@ class Lowered:
             if isinstance(denoiser.network, DynamicDiT):
                 raise PlanError("sites, caches and token subsets do not work on a network with routed width")
             tokens = compute.tokens is not None or "kv" in compute.write
-            self.sites = (DiTTokens if tokens else DiTSites)(self.plain)
+            if isinstance(compute.tokens, Subset) and compute.tokens.rule == "router":
+                assert isinstance(denoiser.network, TokenRoutedDiT)  # the plan was checked
+                self.sites = RoutedSites(self.plain, denoiser.network.routers)
+            else:
+                self.sites = (DiTTokens if tokens else DiTSites)(self.plain)
             self.program = lower(compute, len(self.sites.sites))
 
     def _plain_network(self) -> DiT | None:

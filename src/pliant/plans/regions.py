@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.compute import Merge, Subset
 from pliant.compute.subset import Regions
 from pliant.compute.tokens import Tokens
@@ -39,6 +40,11 @@ def check_tokens(calls: Sequence[Call], model: Denoiser) -> None:
                 )
         elif isinstance(tokens, Subset) and tokens.rule == "update_std" and own.config.in_channels < 2:
             raise PlanError("tokens are chosen by 'update_std', but one channel has no spread; use 'update_norm'")
+        elif isinstance(tokens, Subset) and tokens.rule == "router":
+            if not isinstance(own.network, TokenRoutedDiT):
+                raise PlanError("tokens are chosen by 'router', but this model has no token routers; see route_tokens")
+            if own.patch_of(call.compute) != own.config.patch_size:
+                raise PlanError("token routers are for the model's own patch size; leave out patch")
         if regional(tokens) and tokens != calls[0].compute.tokens:
             raise PlanError("guidance's reference asks for another subset of tokens than the conditional call")
 

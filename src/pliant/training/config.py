@@ -51,6 +51,8 @@ class ModelConfig(Section):
     exits: ExitsConfig | None = None
     width: dict[str, Any] | None = None
     """Give the model routers of its width (DyDiT): fields of `WidthSpec`, {} for the paper's."""
+    routers: dict[str, Any] | None = None
+    """Give the model token routers (Infor-Coef): fields of `RouterSpec`."""
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
@@ -143,8 +145,31 @@ class DynamicWidthConfig(Section):
     """Stage 1: so many steps also train the complete network."""
 
 
+class TokenRouterConfig(Section):
+    """Infor-Coef: token routers imitate the full network, which stays frozen, on fewer tokens."""
+
+    name: Literal["token-routers"]
+    keep: float | None = Field(default=None, gt=0, le=1)
+    """Share of the tokens that training aims at; null: no aim, as many as the penalties leave."""
+    budget: float = Field(default=1.0, ge=0)
+    """Weight of `(mean keep - keep)^2`."""
+    norm: float = Field(default=4e-4, ge=0)
+    """Weight of the size of what is kept, per token."""
+    entropy: float = Field(default=5e-4, ge=0)
+    """Weight of the negative entropy of decisions."""
+    time: str | dict[str, Any] | None = None
+    """Default: uniform (over the table's entries on vp-discrete)."""
+    class_dropout: float | None = Field(default=None, ge=0, le=1)
+
+
 ObjectiveConfig = Annotated[
-    FlowMatchingConfig | DDPMConfig | SharedConfig | DistillConfig | ExitDistillConfig | DynamicWidthConfig,
+    FlowMatchingConfig
+    | DDPMConfig
+    | SharedConfig
+    | DistillConfig
+    | ExitDistillConfig
+    | DynamicWidthConfig
+    | TokenRouterConfig,
     Field(discriminator="name"),
 ]
 
@@ -330,6 +355,7 @@ def _tags(section: type[Section]) -> tuple[Any, ...]:
 
 _TAGGED: tuple[type[Section], ...] = (
     *(FlowMatchingConfig, DDPMConfig, SharedConfig, DistillConfig, ExitDistillConfig, DynamicWidthConfig),
+    TokenRouterConfig,
 )
 
 

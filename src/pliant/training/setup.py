@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pliant.adapters.token_router import RouterSpec, TokenRoutedDiT
 from pliant.adapters.width import DynamicDiT, WidthSpec
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, DataError
@@ -30,6 +31,7 @@ from pliant.training.config import (
     FlowMatchingConfig,
     ModelConfig,
     SharedConfig,
+    TokenRouterConfig,
     TrainConfig,
 )
 from pliant.training.data import LatentSet, TrainingSet, autoencoder_encode, cached_latents, open_images
@@ -45,6 +47,7 @@ from pliant.training.objectives import (
     Objective,
     PatchDistillation,
     SharedPatches,
+    TokenDistillation,
 )
 
 
@@ -62,6 +65,10 @@ def build_denoiser(config: TrainConfig) -> Denoiser:
 
         spec = WidthSpec.from_dict(config.model.width)
         denoiser = route_width(denoiser, seed=config.seed, **spec.to_dict())
+    if config.model.routers is not None:
+        from pliant.adapters.token_router import route_tokens
+
+        denoiser = route_tokens(denoiser, seed=config.seed, **RouterSpec.from_dict(config.model.routers).to_dict())
     if config.model.exits is not None:
         from pliant.adapters.exits import attach_exits
 
@@ -87,7 +94,8 @@ def _unfreeze(denoiser: Denoiser) -> None:
     network.requires_grad_(True)
     if isinstance(network, FlexiDiT) and network.spec.recipe == "lora":
         network.base.requires_grad_(False)
-    if isinstance(network, ExitDiT) or (isinstance(network, DynamicDiT) and network.spec.base == "frozen"):
+    frozen = isinstance(network, DynamicDiT) and network.spec.base == "frozen"
+    if frozen or isinstance(network, ExitDiT | TokenRoutedDiT):
         network.base.requires_grad_(False)
 
 
@@ -158,6 +166,9 @@ def _objective(config: Any, denoiser: Denoiser) -> Objective:
         time = _density(config.time) if config.time else None
         times = _plan_times(config.plan, denoiser) if config.plan else ()
         return ExitDistillation(time, times, config.weight, dropout, config.variance_weight)
+    if isinstance(config, TokenRouterConfig):
+        time = _density(config.time) if config.time else None
+        return TokenDistillation(config.keep, config.budget, config.norm, config.entropy, time, dropout)
     if isinstance(config, FlowMatchingConfig):
         return FlowMatching(_density(config.time), dropout)
     raise TypeError(type(config).__name__)  # pragma: no cover - the config's union is closed

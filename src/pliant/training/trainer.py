@@ -297,6 +297,7 @@ class Trainer:
     def _finish(self) -> TrainResult:
         """Put the averages into the network and export it."""
         from pliant.adapters import DynamicDiT, ExitDiT, FlexiDiT
+        from pliant.adapters.token_router import TokenRoutedDiT
         from pliant.formats import native
 
         self.accelerator.wait_for_everyone()
@@ -310,7 +311,7 @@ class Trainer:
                 native.save(result, target)
                 lora = isinstance(network, FlexiDiT) and network.spec.recipe == "lora"
                 routers = isinstance(network, DynamicDiT) and network.spec.base == "frozen"
-                if lora or routers or isinstance(network, ExitDiT):
+                if lora or routers or isinstance(network, ExitDiT | TokenRoutedDiT):
                     native.save_adapter(result, self.folder / "adapter")
             except OSError as error:
                 reason = error.strerror or error

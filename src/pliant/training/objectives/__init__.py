@@ -8,6 +8,7 @@ from pliant.training.objectives.exits import ExitDistillation
 from pliant.training.objectives.flow_matching import FlowMatching
 from pliant.training.objectives.mmd import mmd_squared
 from pliant.training.objectives.shared import MMDBootstrap, SharedPatches
+from pliant.training.objectives.token_routers import TokenDistillation
 
 __all__ = [
     "DDPM",
@@ -21,6 +22,7 @@ __all__ = [
     "Objective",
     "PatchDistillation",
     "SharedPatches",
+    "TokenDistillation",
     "drop_labels",
     "mmd_squared",
 ]

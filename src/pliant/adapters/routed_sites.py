@@ -1,0 +1,41 @@
+"""A DiT seen as sites, with token routers."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pliant.adapters.token_router import SiteRouter
+from pliant.compute.sites import Branch, State
+from pliant.errors import PlanError
+from pliant.models.dit import DiT
+from pliant.models.dit_tokens import DiTTokens
+
+
+class RoutedSites(DiTTokens):
+    """The same sites; routers keep their own precision."""
+
+    def __init__(self, network: DiT, routers: nn.ModuleList) -> None:
+        super().__init__(network)
+        self.routers = routers
+
+    def keep_logits(self, s: int, seen: State, context: Tensor) -> Tensor:
+        """(B, N) keep logit minus drop logit."""
+        logits = cast(SiteRouter, self.routers[s])(seen[0], context[:, 3 * s + 2])
+        return logits[..., 1] - logits[..., 0]
+
+    def among(self, s: int, rows: State, seen: State, context: Tensor) -> Branch:
+        """Queries of rows (B, n, D) against the keys and values of seen (B, N, D)."""
+        block = self._plain_block(s)
+        if type(block.qkv) is not nn.Linear:
+            raise PlanError("routed tokens need attention in fp32 or bf16: 8-bit layers cannot answer queries alone")
+        weight, bias = block.qkv.weight, block.qkv.bias
+        inner = weight.shape[0] // 3
+        side = inner // block.heads
+        b, n, _ = rows[0].shape
+        q = F.linear(rows[0], weight[:inner], bias[:inner]).view(b, n, block.heads, side).transpose(1, 2)
+        both = F.linear(seen[0], weight[inner:], bias[inner:])
+        k, v = both.view(b, seen[0].shape[1], 2, block.heads, side).permute(2, 0, 3, 1, 4)
+        return self._attended(s, q, k, v)
