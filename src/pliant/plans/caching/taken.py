@@ -1,0 +1,34 @@
+"""What a run with gates really cost: the plan's price with the decisions that were taken filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pliant.compute import MATMUL, Convention
+from pliant.compute.cache import Decision, Streams
+from pliant.denoiser import Denoiser
+from pliant.plans.calls import calls_of
+from pliant.plans.plan import Plan
+
+
+def taken_flops(
+    plan: Plan, model: Denoiser, decisions: Iterable[Decision], convention: Convention = MATMUL
+) -> float:
+    """FLOPs per image of runs of `plan` whose gates decided this way, the mean over all their rows.
+
+    decisions: of one run or several (`cache.decisions`). A gated call without a decision counts as full. Equal to
+    `plan.cost(model).flops` for a plan without gates.
+    """
+    votes: dict[tuple[int, Streams], list[bool]] = {}
+    for decision in decisions:
+        votes.setdefault((decision.step, decision.streams), []).extend(decision.hit)
+    total = 0.0
+    for evaluation in plan.program(model).evaluations:
+        for call in calls_of(plan.steps[evaluation.step]):
+            own = call.model(model)
+            once: float = own.flops(call.compute, convention, evaluation.node.t)
+            hit = votes.get((evaluation.out, call.streams), [])
+            if hit:
+                once -= sum(hit) / len(hit) * (once - own.least_flops(call.compute, convention))
+            total += len(call.streams) * once
+    return total
