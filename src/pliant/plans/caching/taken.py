@@ -11,9 +11,7 @@ from pliant.plans.calls import calls_of
 from pliant.plans.plan import Plan
 
 
-def taken_flops(
-    plan: Plan, model: Denoiser, decisions: Iterable[Decision], convention: Convention = MATMUL
-) -> float:
+def taken_flops(plan: Plan, model: Denoiser, decisions: Iterable[Decision], convention: Convention = MATMUL) -> float:
     """FLOPs per image of runs of `plan` whose gates decided this way, the mean over all their rows.
 
     decisions: of one run or several (`cache.decisions`). A gated call without a decision counts as full. Equal to
