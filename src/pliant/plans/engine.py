@@ -7,7 +7,7 @@ converted, alignment coefficients of every evaluation, and modulation tables for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -43,6 +43,14 @@ NetworkKey: TypeAlias = tuple[Any, ...]
 """Patch size, exit, scale, merged, precision: computes that agree in these run the same plain network."""
 Networks: TypeAlias = dict[NetworkKey, DiT | None]
 """Plain networks made so far; None where this one cannot be made plain."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The plain networks of one model and of its guide: what several samplers of that model may share."""
+
+    own: Networks = field(default_factory=dict)
+    guide: Networks = field(default_factory=dict)
 
 
 class Lowered:
@@ -104,6 +112,10 @@ class _Aligned:
     on_state: float
     on_coarse: float
     on_output: float
+
+
+Answer: TypeAlias = tuple[Tensor, Tensor | None]
+"""(value in house sign, variance code or None) of one call."""
 
 
 class BoundCalls:
@@ -186,6 +198,21 @@ class BoundCalls:
                 read.add_(coarse(x, ratio), alpha=a.on_coarse)
             value = read.add_(value.to(x.dtype), alpha=a.on_output)
         return value, variance
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkCall:
+    """One call that a request wants answered."""
+
+    bound: BoundCalls
+    k: int
+    """Which of the bound calls' times."""
+    x: Tensor
+    """States (rows, C, H, W), those of every stream one after the other."""
+    moment: Moment
+
+    def answer(self) -> Answer:
+        return self.bound.call(self.k, self.x, self.moment)
 
 
 def packed_pair(

@@ -15,14 +15,11 @@ from pliant.guidance.rules import bands
 from pliant.guidance.virtual_negative import virtual_rows
 from pliant.paths import AlphaSigma
 from pliant.plans.calls import Call, cache_depth, calls_of
-from pliant.plans.engine import BoundCalls, Lowered, packed_pair, share_tables
+from pliant.plans.engine import Answer, BoundCalls, Lowered, NetworkCall, packed_pair, share_tables
 from pliant.plans.plan import Plan
 from pliant.plans.regions import RegionKeeper
 from pliant.solvers import Eval, Node, Output, Program
 from pliant.solvers.interpreter import sample_coefficients
-
-Answer = tuple[Tensor, Tensor | None]
-"""(value, variance code) of one call."""
 
 
 class Evaluator:
@@ -67,9 +64,21 @@ class Evaluator:
 
     def __call__(self, x: Tensor, evaluation: Eval) -> Output:
         calls = self.calls[evaluation.step]
+        return self.finish(x, evaluation, self._answers(x, calls, evaluation) if calls else [])
+
+    def network_calls(self, x: Tensor, evaluation: Eval) -> list[NetworkCall]:
+        """The network calls of an evaluation at states x (B, C, H, W); none in a still step."""
+        moment = Moment(evaluation.out, evaluation.node.t, evaluation.node.log_snr)
+        return [
+            NetworkCall(self.bound[call], self.position[evaluation.out, call], _rows(x, call), moment)
+            for call in self.calls[evaluation.step]
+        ]
+
+    def finish(self, x: Tensor, evaluation: Eval, answers: list[Answer]) -> Output:
+        """The evaluation's output from the answers of its `network_calls`, in their order."""
+        calls = self.calls[evaluation.step]
         if not calls:  # a still step: no velocity
             return Output(torch.zeros_like(x))
-        answers = self._answers(x, calls, evaluation)
         if not self.regions.subsets:
             return self._guided(x, calls, answers, evaluation)
         answers = self.regions.answers(calls, answers, evaluation)
@@ -135,8 +144,9 @@ class Evaluator:
             packed = packed_pair(self.bound[calls[0]], self.bound[calls[1]], places[0], places[1], x)
             if packed is not None:
                 return packed
-        moment = Moment(evaluation.out, evaluation.node.t, evaluation.node.log_snr)
-        return [
-            self.bound[call].call(k, x if len(call.streams) == 1 else torch.cat([x] * len(call.streams)), moment)
-            for call, k in zip(calls, places, strict=True)
-        ]
+        return [call.answer() for call in self.network_calls(x, evaluation)]
+
+
+def _rows(x: Tensor, call: Call) -> Tensor:
+    """The states once per stream of the call."""
+    return x if len(call.streams) == 1 else torch.cat([x] * len(call.streams))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ from torch import Tensor
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.plans.calls import calls_in
-from pliant.plans.engine import Lowered, Networks
+from pliant.plans.engine import Lowered, Weights
 from pliant.plans.evaluator import Evaluator
 from pliant.plans.noise import batch_noise, check_seeds, start_state
 from pliant.plans.plan import Plan
-from pliant.solvers import Program, StepResult, run
+from pliant.solvers import Noise, Program, StepResult, run
 from pliant.solvers.interpreter import Combine, combine
 
 
@@ -48,23 +49,33 @@ def check_offset(program: Program, mu: Tensor | None, shape: tuple[int, ...], de
     return mu.to(device)
 
 
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """One request, ready to run: its network calls with all they will remember, start state, noise and offset."""
+
+    evaluate: Evaluator
+    x: Tensor
+    noise: Noise
+    mu: Tensor | None
+
+
 class Sampler:
     """A model and a plan made ready once, to be run on any number of batches."""
 
-    def __init__(self, model: Denoiser, plan: Plan, add: Combine = combine) -> None:
+    def __init__(self, model: Denoiser, plan: Plan, add: Combine = combine, weights: Weights | None = None) -> None:
         """Checks the plan against the model and lowers every distinct compute. Raises PlanError naming the step.
 
         add: how states are updated; `pliant.solvers.fused_combine` compiles that to one pass, for large states.
+        weights: of other samplers of this model, whose networks are used instead of making them again.
         """
         self.add = add
         plan.check(model)
         self.model = model
         self.plan = plan
         self.program: Program = plan.program(model)
-        networks: Networks = {}
-        guides: Networks = {}
+        weights = weights or Weights()
         self.lowered = {
-            call: Lowered(call.model(model), call.compute, guides if call.streams == ("guide",) else networks)
+            call: Lowered(call.model(model), call.compute, weights.guide if call.streams == ("guide",) else weights.own)
             for call in calls_in(plan)
         }
 
@@ -82,6 +93,24 @@ class Sampler:
         that a path with an offset drifts to (the degraded ones of restoration), (B, C, H, W), for such paths only;
         origin: clean images (B, C, H, W) for guidance against "origin".
         """
+        request = self.begin(cond, seeds, x, mu, origin)
+        results = run(self.program, request.x, request.evaluate, request.noise, request.mu, self.add)
+        while True:
+            with torch.no_grad():  # not around the yield: the caller's own code keeps its grad mode
+                result = next(results, None)
+            if result is None:
+                return
+            yield result
+
+    def begin(
+        self,
+        cond: Sequence[int] | Tensor,
+        seeds: Sequence[int],
+        x: Tensor | None = None,
+        mu: Tensor | None = None,
+        origin: Tensor | None = None,
+    ) -> Begun:
+        """A request checked and made ready, before its first network call. Arguments as those of `steps`."""
         model = self.model
         labels = check_labels(cond, model)
         seeds = check_seeds(seeds, len(labels))
@@ -94,13 +123,7 @@ class Sampler:
             raise PlanError(f"origin must be images of the states' shape {tuple(x.shape)}, got {tuple(origin.shape)}")
         evaluate = Evaluator(model, self.plan, self.program, self.lowered, labels, origin)
         noise = lambda slot: batch_noise(seeds, slot, model.sample_shape, model.device)  # noqa: E731
-        results = run(self.program, x.to(model.device), evaluate, noise, mu, self.add)
-        while True:
-            with torch.no_grad():  # not around the yield: the caller's own code keeps its grad mode
-                result = next(results, None)
-            if result is None:
-                return
-            yield result
+        return Begun(evaluate, x.to(model.device), noise, mu)
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ from pliant.solvers.churn import Churn
 from pliant.solvers.compiler import check_times, compile_program
 from pliant.solvers.exponential import DDIM, Multistep
 from pliant.solvers.fused import fused_combine
-from pliant.solvers.interpreter import Evaluate, NetworkOutput, Noise, Output, StepResult, run
+from pliant.solvers.interpreter import Ask, Evaluate, NetworkOutput, Noise, Output, StepResult, run, stepwise
 from pliant.solvers.normal_form import NormalForm, consistency, normal_form, normal_form_of
 from pliant.solvers.pndm import PNDM
 from pliant.solvers.program import Eval, Instruction, LearnedNoise, Lin, Node, Program
@@ -28,6 +28,7 @@ __all__ = [
     "SOLVERS",
     "TABLEAUS",
     "USF",
+    "Ask",
     "Churn",
     "DCSolver",
     "Eval",
@@ -76,4 +77,5 @@ __all__ = [
     "run",
     "sde_times",
     "solver_infos",
+    "stepwise",
 ]

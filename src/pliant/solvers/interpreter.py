@@ -6,10 +6,10 @@ computes in. Registers are freed after their last use, noise is drawn when it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,6 +43,13 @@ Combine: TypeAlias = Callable[[list[tuple[float, Tensor]], Tensor], Tensor]
 """(coefficients with tensors, a tensor of the result's shape and dtype) -> the weighted sum, a tensor of its own."""
 
 
+class Ask(NamedTuple):
+    """What `stepwise` wants to know: the network's output for the states `x` at an evaluation."""
+
+    x: Tensor
+    evaluation: Eval
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step leaves: the state `x` at `node`, and the estimate of clean data, computed on demand."""
@@ -61,6 +68,9 @@ class StepResult:
         if self._estimate is None:
             raise PlanError(f"step {self.index} comes before the first network call, so there is no x0 estimate")
         return self._estimate.x0()
+
+
+Stepwise: TypeAlias = Generator[Ask | StepResult, NetworkOutput | None, None]
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,27 @@ def run(
     add: what sums up an update; `fused.fused_combine` does it in one pass over memory, which pays for large states.
     Raises PlanError if noise or mu is missing, ShapeError if a network output or noise has another shape.
     """
+    return _answered(stepwise(program, x, noise, mu, add), evaluate)
+
+
+def _answered(loop: Stepwise, evaluate: Evaluate) -> Iterator[StepResult]:
+    item = next(loop, None)
+    while item is not None:
+        if isinstance(item, Ask):
+            item = loop.send(evaluate(*item))  # never its end: a step's result follows
+        else:
+            yield item
+            item = next(loop, None)
+
+
+def stepwise(
+    program: Program, x: Tensor, noise: Noise | None = None, mu: Tensor | None = None, add: Combine = combine
+) -> Stepwise:
+    """`run`, suspended wherever the network is needed: yields an `Ask`, which is answered with `send(output)`, and the
+    result of every step, after which `next` goes on. Arguments and errors as `run`'s.
+
+    For callers that run several programs in turn, with the network calls of all of them as one batch.
+    """
     if not x.is_floating_point():
         raise ShapeError(f"the start state must be a floating-point tensor, got {x.dtype}")
     if program.noise_slots and noise is None:
@@ -129,12 +160,10 @@ def run(
     if program.needs_offset and mu is None:
         raise PlanError("this program is for a path with an offset; pass mu, a tensor of x's shape")
     wide = torch.promote_types(x.dtype, torch.float32)
-    return _run(program, x.to(wide), evaluate, noise, None if mu is None else mu.to(wide), add)
+    return _stepwise(program, x.to(wide), noise, None if mu is None else mu.to(wide), add)
 
 
-def _run(
-    program: Program, x: Tensor, evaluate: Evaluate, noise: Noise | None, mu: Tensor | None, add: Combine
-) -> Iterator[StepResult]:
+def _stepwise(program: Program, x: Tensor, noise: Noise | None, mu: Tensor | None, add: Combine) -> Stepwise:
     registers: dict[Register, Tensor] = {("x", 0): x}
     dead = iter(program.last_uses())
     estimate: _Estimate | None = None
@@ -142,7 +171,9 @@ def _run(
         for op in step:
             if isinstance(op, Eval):
                 state = registers["x", op.state]
-                output = evaluate(state, op)
+                output = yield Ask(state, op)
+                if output is None:
+                    raise PlanError(f"step {op.step} waits for the network's output; pass it with send(output)")
                 value = _checked(output.value, state, "the network's output")
                 registers["m", op.out] = value
                 if op.out in program.variance_outputs:
