@@ -185,6 +185,7 @@ def test_resets_are_full_and_keep(make) -> None:  # type: ignore[no-untyped-def]
     plan = Plan.uniform(model, 28, "euler").cached(model, "ras")
     assert [i for i, s in enumerate(plan.steps) if s.compute.tokens is None] == [0, 1, 2, 3, 12, 20]
     assert [i for i, s in enumerate(plan.steps) if s.compute.write] == [3, 12, 20]
+    assert Plan.uniform(model, 28, "euler").cached(model, "ras", resets="12 20").steps == plan.steps
     assert all(calls_of(s)[0].compute.tokens in (None, Subset(0.5)) for s in plan.steps)
 
 
@@ -209,6 +210,7 @@ def test_merged_plans_cost_less_and_change_the_sample(make) -> None:  # type: ig
         ({"start": 0}, PlanError, "step 0.*start at 1"),
         ({"start": 9}, PlanError, "step 9.*only 6 steps"),
         ({"resets": (7,)}, ConfigError, "a reset is 7"),
+        ({"resets": "3 x"}, ConfigError, "a reset is 'x'"),
         ({"metric": "sdt"}, ConfigError, "expected 'std' or 'norm'"),
         ({"sign": 2}, ConfigError, "sign 2"),
         ({"ramp": 0.5, "every": 1}, ConfigError, r"at step \d the share"),

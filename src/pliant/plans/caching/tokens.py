@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pliant.compute import Merge, Subset
 from pliant.errors import ConfigError, PlanError
@@ -18,7 +19,7 @@ def ras(
     *,
     ratio: float = 0.5,
     start: int = 4,
-    resets: Sequence[int] | None = None,
+    resets: Sequence[int] | int | str | None = None,
     metric: str | None = None,
     sign: int = -1,
     starvation: float = 0.1,
@@ -27,7 +28,7 @@ def ras(
 ) -> list[Row]:
     """RAS (arXiv 2502.10389): from step `start` on only `ratio` of the tokens, but all of them at the `resets`.
 
-    resets: steps; by default 3/7 and 5/7 of the way, SD3's published 12 and 20 of 28. metric: "std" over channels or
+    resets: steps, "12 20" on the command line; by default 3/7 and 5/7 of the way, SD3's published 12 and 20 of 28. metric: "std" over channels or
     "norm"; by default std where there are channels. sign: -1 computes tokens of low metric (the published default),
     1 those of high. ramp: every `every` steps so much less of the tokens, around `ratio` in the middle; negative: more.
     Starvation acts on dropped tokens in both directions; the published code does so for one of them only.
@@ -38,9 +39,7 @@ def ras(
         raise PlanError("ras starts at step 0, before any step has computed all tokens; start at 1 or later")
     if begin >= target.steps:
         raise PlanError(f"ras starts at step {begin}, and the plan has only {target.steps} steps; start earlier")
-    known = {round(target.steps * k / 7) for k in (3, 5)} if resets is None else set(resets)
-    for step in known:
-        whole("a reset", step, 0, target.steps - 1)
+    known = {round(target.steps * k / 7) for k in (3, 5)} if resets is None else _steps(resets, target)
     if metric is not None and metric not in METRICS:
         raise ConfigError(f"metric is {metric!r}; expected 'std' or 'norm'")
     rule = METRICS[metric or ("std" if target.channels > 1 else "norm")]
@@ -56,6 +55,14 @@ def ras(
             raise ConfigError(f"at step {i} the share of tokens would be {here:g}; it must stay in (0, 1]")
         rows.append(Row(tokens=Subset(here, rule, sign, starvation)))  # type: ignore[arg-type]
     return rows
+
+
+def _steps(resets: Sequence[int] | int | str, target: Target) -> set[int]:
+    """Numbers of steps. Raises ConfigError for what is none of this plan's."""
+    given: Sequence[Any] = [resets] if isinstance(resets, int) else resets
+    if isinstance(given, str):
+        given = [int(word) if word.isdecimal() else word for word in given.split()]
+    return {whole("a reset", step, 0, target.steps - 1) for step in given}
 
 
 def tome(target: Target, *, ratio: float = 0.5, window: int = 2) -> list[Row]:
