@@ -28,9 +28,10 @@ def ras(
 ) -> list[Row]:
     """RAS (arXiv 2502.10389): from step `start` on only `ratio` of the tokens, but all of them at the `resets`.
 
-    resets: steps, "12 20" on the command line; by default 3/7 and 5/7 of the way, SD3's published 12 and 20 of 28. metric: "std" over channels or
-    "norm"; by default std where there are channels. sign: -1 computes tokens of low metric (the published default),
-    1 those of high. ramp: every `every` steps so much less of the tokens, around `ratio` in the middle; negative: more.
+    resets: steps, "12 20" on the command line; by default 3/7 and 5/7 of the way, SD3's published 12 and 20 of 28.
+    metric: "std" over channels or "norm"; by default std where there are channels. sign: -1 computes tokens of low
+    metric (the published default), 1 those of high. ramp: every `every` steps so much less of the tokens, around
+    `ratio` in the middle; negative: more.
     Starvation acts on dropped tokens in both directions; the published code does so for one of them only.
     """
     share = number("ratio", ratio)
