@@ -24,7 +24,7 @@ from pliant.compute.reuse import Reuse
 from pliant.compute.scale import LowBand
 from pliant.compute.sites import Site, SiteModel
 from pliant.compute.spent import spent_macs, spent_parts
-from pliant.compute.tokens import Merge, Subset
+from pliant.compute.tokens import Merge, Pool, Pooled, Subset
 
 __all__ = [
     "BLOCKS",
@@ -40,6 +40,8 @@ __all__ = [
     "LowBand",
     "Merge",
     "Moment",
+    "Pool",
+    "Pooled",
     "Reuse",
     "Site",
     "SiteModel",

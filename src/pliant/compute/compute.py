@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pliant.compute.gate import Gate
+from pliant.compute.pooling import check_pool
 from pliant.compute.reuse import WHOLE, Reuse
 from pliant.compute.scale import LowBand
 from pliant.compute.sites import format_sites, parse_sites, runs
-from pliant.compute.tokens import Merge, Subset, Tokens, tokens_from_dict, tokens_to_dict
+from pliant.compute.tokens import Merge, Pool, Subset, Tokens, tokens_from_dict, tokens_to_dict
 from pliant.errors import ConfigError, suggest
 
 WRITES = ("branch", "increment", "span(first,last)", "out", "drift", "state", "kv")
@@ -65,6 +66,8 @@ class Compute:
             raise ConfigError(f"compute has exit {self.exit!r}; expected the number of blocks before it, at least 1.")
         if self.scale is not None and self.scale.trivial:
             object.__setattr__(self, "scale", None)
+        if isinstance(self.tokens, Pool) and not self.tokens.spans:
+            object.__setattr__(self, "tokens", None)
         if self.scale is not None and (self.patch is not None or self.exit is not None):
             raise ConfigError("compute asks for a scale together with a patch or an exit; choose one of them")
         object.__setattr__(self, "write", tuple(sorted(set(self.write), key=_write_key)))
@@ -97,6 +100,10 @@ class Compute:
             or (self.reuse is not None and self.reuse.kind == "increment")
         ):
             raise ConfigError("merged tokens have no keys, values or increments of their own to keep or correct")
+        if isinstance(self.tokens, Pool):
+            if "kv" in self.write:
+                raise ConfigError("averaged tokens have no keys and values of their own to keep")
+            check_pool(self.tokens, letters, hit, self.spans, self.gate.probe if self.gate else 0)
         if "branch" in self.write and "increment" in self.write:
             raise ConfigError("a call keeps branches or increments, not both")
         for first, last in self.spans:

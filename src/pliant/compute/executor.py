@@ -10,8 +10,19 @@ from torch import Tensor
 
 from pliant.compute.cache import Cache, Decision, GateState, Moment, Streams
 from pliant.compute.gate import Gate, mean_change, mean_size
-from pliant.compute.lowering import AddBranch, AddSpan, Mark, Operation, Run, RunStore, SiteProgram
+from pliant.compute.lowering import (
+    AddBranch,
+    AddSpan,
+    Mark,
+    Operation,
+    PoolTokens,
+    Run,
+    RunStore,
+    SiteProgram,
+    SpreadTokens,
+)
 from pliant.compute.merging import match
+from pliant.compute.pooling import averaged, copied_back
 from pliant.compute.reuse import Reuse
 from pliant.compute.routed import RoutedModel, routed_output
 from pliant.compute.sites import Branch, SiteModel, State
@@ -235,6 +246,11 @@ class Call:
                 key = (self.network, ("span", op.first, op.last))
                 change = self.cache.read(key, self.streams, reuse, self.moment, state[0].dtype, rows)
                 state = tuple(s if c is None else s + c for s, c in zip(state, change, strict=True))
+            elif isinstance(op, PoolTokens):
+                means = averaged(state[0], self._tokens.grid, op.window)
+                dense, state = state[0], (means, *state[1:])
+            elif isinstance(op, SpreadTokens):
+                state = (dense + copied_back(state[0] - means, self._tokens.grid, op.window), *state[1:])
             elif isinstance(op, Mark):
                 marks[op.site] = state
             else:

@@ -7,9 +7,10 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from pliant.compute.compute import Compute
+from pliant.compute.pooling import pool_of_hit
 from pliant.compute.reuse import WHOLE, Reuse, ReuseKind
 from pliant.compute.sites import parse_sites, runs
-from pliant.compute.tokens import Merge
+from pliant.compute.tokens import Merge, Pool
 from pliant.errors import PlanError
 
 Slot: TypeAlias = tuple[str, int, int]
@@ -65,7 +66,25 @@ class Save:
     last: int
 
 
-Operation: TypeAlias = Run | RunStore | AddBranch | AddSpan | Mark | Save
+@dataclass(frozen=True)
+class PoolTokens:
+    """Remember the state and go on with the means of its windows: sites first..last-1 run on fewer tokens."""
+
+    first: int
+    last: int
+    window: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SpreadTokens:
+    """Back to the remembered state, plus what the means have changed by, copied to every token of a window."""
+
+    first: int
+    last: int
+    window: tuple[int, int]
+
+
+Operation: TypeAlias = Run | RunStore | AddBranch | AddSpan | Mark | Save | PoolTokens | SpreadTokens
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,10 @@ def lower(compute: Compute, sites: int) -> SiteProgram:
     for first, last in compute.spans:
         if last > sites:
             raise PlanError(f"span({first},{last}) is written, but this model has only {sites} sites")
+    pool = compute.tokens if isinstance(compute.tokens, Pool) else None
+    for span in pool.spans if pool else ():
+        if span.last > sites:
+            raise PlanError(f"{span.name} run on averaged tokens, but this model has only {sites} sites")
     letters = parse_sites(compute.sites) if compute.sites else "R" * sites
     miss = _operations(compute, letters)
     probe: tuple[Operation, ...] = ()
@@ -109,7 +132,8 @@ def lower(compute: Compute, sites: int) -> SiteProgram:
         probe, miss = miss[:cut], miss[cut:]
         hit_letters = parse_sites(compute.gate.on_hit)
         # The probe has run and kept its share by then; a hit keeps nothing.
-        rest = _operations(Compute(sites=compute.gate.on_hit, reuse=compute.reuse), hit_letters)
+        fewer = pool_of_hit(pool, hit_letters) if pool else None
+        rest = _operations(Compute(sites=compute.gate.on_hit, reuse=compute.reuse, tokens=fewer), hit_letters)
         hit = _after(rest, at)
         slots = read_slots(compute.reuse, hit_letters)
         hit_whole = _whole(compute.reuse, hit_letters)
@@ -144,7 +168,7 @@ def write_slots(compute: Compute, sites: int) -> tuple[Slot, ...]:
     slots: list[Slot] = [("span", a, b) for a, b in compute.spans]
     for kind in ("branch", "increment"):
         if kind in compute.write:
-            slots += [(kind, s, s + 1) for s, letter in enumerate(letters) if letter == "R"]
+            slots += [(kind, s, s + 1) for s, letter in enumerate(letters) if letter == "R" and not _pooled(compute, s)]
     slots += [(kind, 0, sites) for kind in (*WHOLE, "kv") if kind in compute.write]
     return tuple(slots)
 
@@ -162,7 +186,10 @@ def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
     ends: dict[int, list[int]] = {}
     for a, b in compute.spans:
         ends.setdefault(b, []).append(a)
-    cuts = sorted({0, len(letters), *begins, *ends, *((compute.gate.probe,) if compute.gate else ())})
+    pools = {span.first: span for span in compute.tokens.spans} if isinstance(compute.tokens, Pool) else {}
+    spread = {span.last: span for span in pools.values()}
+    probe = (compute.gate.probe,) if compute.gate else ()
+    cuts = sorted({0, len(letters), *begins, *ends, *pools, *spread, *probe})
     increment = "increment" in compute.write
     branch = increment or "branch" in compute.write
     rank = None if compute.reuse is None else compute.reuse.rank
@@ -177,7 +204,9 @@ def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
         for a, b in pairwise(pieces):
             if a in begins:
                 out.append(Mark(a))
-            if letter == "R" and branch:
+            if a in pools:
+                out.append(PoolTokens(a, pools[a].last, pools[a].ratio))
+            if letter == "R" and branch and not _pooled(compute, a):
                 out += [RunStore(s, increment) for s in range(a, b)]
             elif letter == "R":
                 out.append(Run(a, b))
@@ -185,8 +214,15 @@ def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
                 out.append(AddSpan(a, b))
             elif letter == "C":
                 out += [AddBranch(s, rank) for s in range(a, b)]
+            if b in spread:
+                out.append(SpreadTokens(spread[b].first, b, spread[b].ratio))
             out += [Save(start, b) for start in ends.get(b, ())]
     return tuple(out)
+
+
+def _pooled(compute: Compute, site: int) -> bool:
+    """Whether a site runs on averaged tokens."""
+    return isinstance(compute.tokens, Pool) and any(span.first <= site < span.last for span in compute.tokens.spans)
 
 
 def _first(operation: Operation) -> int:
@@ -196,8 +232,9 @@ def _first(operation: Operation) -> int:
 def _split(operations: tuple[Operation, ...], at: int) -> int:
     """How many operations belong to the sites before `at`."""
     for k, operation in enumerate(operations):
-        begins = operation.last if isinstance(operation, Save) else _first(operation)
-        if begins > at or (begins == at and not isinstance(operation, Save)):
+        closing = isinstance(operation, (Save, SpreadTokens))
+        begins = operation.last if isinstance(operation, (Save, SpreadTokens)) else _first(operation)
+        if begins > at or (begins == at and not closing):
             return k
     return len(operations)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pliant.compute.compute import Compute
 from pliant.compute.cost import MATMUL, Convention, CostParts, TransformerShape, cost_parts
 from pliant.compute.sites import parse_sites
-from pliant.compute.tokens import Merge, Subset
+from pliant.compute.tokens import Merge, Pool, Subset
 from pliant.errors import ConfigError
 
 
@@ -53,10 +53,20 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
         again = [i for i in range(L) if letters[2 * i + 1] == "C"]
         products += rows * sum(_low(rank, D, hidden[i]) + _low(rank, hidden[i], D) for i in again)
         seen = len(letters)
+    norms, looks = seen * (N if routed else queries), 2 * queries * keys * attention
+    if isinstance(compute.tokens, Pool):
+        for s in (s for s, letter in enumerate(letters) if letter == "R"):
+            few = compute.tokens.count(N, s)
+            norms -= N - few
+            if s % 2:
+                products -= (N - few) * 2 * D * hidden[s // 2]
+            else:
+                projections -= (N - few) * 4 * D * inner[s // 2]
+                looks -= 2 * (N * N - few * few) * inner[s // 2]
     return CostParts(
         patch_embed=whole.patch_embed,
         self_projections=projections,
-        self_attention=2 * queries * keys * attention + similarity * letters[::2].count("R"),
+        self_attention=looks + similarity * letters[::2].count("R"),
         mlp=products,
         cross_projections=whole.cross_projections,
         cross_context=whole.cross_context,
@@ -65,7 +75,7 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
         final=whole.final * ends // N,
         modulation=whole.modulation,
         embedders=whole.embedders,
-        layer_norm=(seen * (N if routed else queries) + ends) * D,
+        layer_norm=(norms + ends) * D,
         routers=routers,
     )
 

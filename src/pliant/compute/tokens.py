@@ -1,9 +1,10 @@
-"""Fewer tokens per call: a chosen subset, or similar ones merged."""
+"""Fewer tokens per call: a chosen subset, similar ones merged, or means of neighbours at some depths."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
 
 from pliant.errors import ConfigError, suggest
@@ -70,13 +71,98 @@ class Merge:
         return f"{self.ratio:.0%} merged"
 
 
-Tokens: TypeAlias = Subset | Merge
-_KINDS: dict[str, type[Subset] | type[Merge]] = {"subset": Subset, "merge": Merge}
+@dataclass(frozen=True)
+class Pooled:
+    """Sites first..last-1 run on means over windows of tokens."""
+
+    first: int
+    last: int
+    ratio: tuple[int, int] = (2, 2)
+    """Rows and columns of a window; they must divide the token grid."""
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (self.first, self.last))
+        if not whole or not 0 <= self.first <= self.last:
+            raise ConfigError(
+                f"averaged tokens are for sites {self.first!r} to {self.last!r}; expected whole numbers, "
+                f"0 <= first <= last"
+            )
+        if (
+            not isinstance(self.ratio, tuple)
+            or len(self.ratio) != 2
+            or not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in self.ratio)
+        ):
+            raise ConfigError(
+                f"averaged tokens have ratio {self.ratio!r}; expected the rows and columns of a window, whole numbers "
+                f">= 1, such as (2, 2)"
+            )
+
+    @property
+    def trivial(self) -> bool:
+        """Whether it changes nothing."""
+        return self.first == self.last or self.ratio == (1, 1)
+
+    @property
+    def size(self) -> int:
+        """Tokens per window."""
+        return self.ratio[0] * self.ratio[1]
+
+    @property
+    def name(self) -> str:
+        """For messages, e.g. `sites 4-9`."""
+        return f"sites {self.first}-{self.last - 1}"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Fewer tokens at some depths: there the network works on means, and what it changes is copied back to every token.
+
+    Several spans, none overlapping, are a patch schedule over depth. Branches and increments inside are not kept.
+    """
+
+    spans: tuple[Pooled, ...]
+    """In order of depth; spans that change nothing are dropped."""
+
+    def __post_init__(self) -> None:
+        spans = tuple(sorted((s for s in self.spans if not s.trivial), key=lambda s: s.first))
+        object.__setattr__(self, "spans", spans)
+        for a, b in pairwise(spans):
+            if b.first < a.last:
+                raise ConfigError(f"{a.name} and {b.name} run on averaged tokens and overlap")
+
+    @staticmethod
+    def of(first: int, last: int, ratio: int | tuple[int, int] = 2) -> Pool:
+        """One span; one number is the side of square windows."""
+        return Pool((Pooled(first, last, (ratio, ratio) if isinstance(ratio, int) else ratio),))
+
+    def count(self, tokens: int, site: int) -> int:
+        """Tokens that a site sees of `tokens`."""
+        return next((tokens // s.size for s in self.spans if s.first <= site < s.last), tokens)
+
+    def describe(self) -> str:
+        return ", ".join(f"{s.name} on 1/{s.size} of tokens" for s in self.spans)
+
+
+Tokens: TypeAlias = Subset | Merge | Pool
+_KINDS: dict[str, Callable[..., Tokens]] = {
+    "subset": Subset,
+    "merge": Merge,
+    "pool": lambda spans: Pool(tuple(_pooled_from_dict(span) for span in spans)),
+}
 
 
 def tokens_to_dict(tokens: Tokens) -> dict[str, Any]:
     """JSON-ready, with the kind."""
+    if isinstance(tokens, Pool):
+        return {"kind": "pool", "spans": [{**asdict(span), "ratio": list(span.ratio)} for span in tokens.spans]}
     return {"kind": "subset" if isinstance(tokens, Subset) else "merge", **asdict(tokens)}
+
+
+def _pooled_from_dict(values: Any) -> Pooled:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a span of averaged tokens is {values!r}; expected an object with first, last and ratio")
+    ratio = values.get("ratio", (2, 2))
+    return Pooled(**{**values, "ratio": tuple(ratio) if isinstance(ratio, list) else ratio})
 
 
 def tokens_from_dict(values: Mapping[str, Any]) -> Tokens:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pliant.adapters.low_band import coarse_config
 from pliant.adapters.token_router import TokenRoutedDiT
-from pliant.compute import Merge, Subset
+from pliant.compute import Merge, Pool, Subset
+from pliant.compute.pooling import check_grid
 from pliant.compute.subset import Regions
 from pliant.compute.tokens import Tokens
 from pliant.denoiser import Denoiser
@@ -31,8 +33,12 @@ def check_tokens(calls: Sequence[Call], model: Denoiser) -> None:
     """Raise PlanError unless a step's calls (the conditional one first) can have the tokens that they ask for."""
     for call in calls:
         own, tokens = call.model(model), call.compute.tokens
-        if isinstance(tokens, Merge):
-            grid = own.config.grid(own.patch_of(call.compute))
+        scale = call.compute.scale
+        config = own.config if scale is None else coarse_config(own.config, scale)
+        grid = config.grid(own.patch_of(call.compute))
+        if isinstance(tokens, Pool):
+            check_grid(tokens, grid)
+        elif isinstance(tokens, Merge):
             if min(grid) < tokens.window:
                 raise PlanError(
                     f"merging needs windows of {tokens.window}x{tokens.window}, this call has only "

@@ -55,7 +55,16 @@ def _tokens() -> dict[str, Any]:
         "starvation": {"type": "number", "minimum": 0},
     }
     merge = {"kind": {"const": "merge"}, "ratio": share, "window": {"type": "integer", "minimum": 2}}
-    return {"oneOf": [_object(subset, ["kind", "ratio"]), _object(merge, ["kind", "ratio"])]}
+    side = {"type": "integer", "minimum": 1}
+    span = {
+        "first": {"type": "integer", "minimum": 0},
+        "last": {"type": "integer", "minimum": 0},
+        "ratio": {"type": "array", "items": side, "minItems": 2, "maxItems": 2},
+    }
+    spans = {"type": "array", "items": _object(span, ["first", "last"])}
+    pool = {"kind": {"const": "pool"}, "spans": spans}
+    kinds = [(subset, "ratio"), (merge, "ratio"), (pool, "spans")]
+    return {"oneOf": [_object(fields, ["kind", needed]) for fields, needed in kinds]}
 
 
 def _gate() -> dict[str, Any]:
