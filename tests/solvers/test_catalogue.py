@@ -706,6 +706,20 @@ def test_dpm_adaptive(order, direction):
     assert errors[1] < errors[0] / 5 and errors[1] < 5e-3 and counts[1] > counts[0]
 
 
+@pytest.mark.parametrize(("order", "shares"), [(2, (0.0, 1 / 2)), (3, (0.0, 1 / 3, 2 / 3))])
+def test_dpm_adaptive_calls_where_the_paper_says(order, shares):
+    """DPM-Solver-12 looks half-way, -23 at a third and two thirds of the log-SNR step."""
+    start, end = VP.time_of_log_snr(torch.tensor([-1.0, 1.0], dtype=torch.float64)).tolist()
+    calls = []
+
+    def evaluate(x, ev):
+        calls.append(ev.node.log_snr)
+        return Output(GMM2D.predict("epsilon", x, ev.node))
+
+    dpm_adaptive(VP, START, evaluate, "epsilon", start, end, order=order, first=0.25)
+    assert [c - calls[0] for c in calls[:order]] == pytest.approx([0.25 * r for r in shares], rel=1e-9, abs=1e-12)
+
+
 def test_dpm_adaptive_controller_by_hand():
     """The first attempts of DPM-Solver-12: the error, and the step that follows from it."""
     start, end = VP.time_of_log_snr(torch.tensor([-1.0, 4.0], dtype=torch.float64)).tolist()
