@@ -1,0 +1,289 @@
+"""Pliant's cache executor against diffusers' own hooks and cache-dit: one run, the same weights, interleaved.
+
+    pip install --no-deps --target /tmp/cache-dit cache-dit        # a folder of its own; optional
+    python benchmarks/caches.py [--rounds 9] [--steps 20] [--cache-dit /tmp/cache-dit] [--json caches.json]
+
+Overhead: the program "all sites run" against the plain block loop, batch 1, Pliant's DiT-S/2 and diffusers'. Peers: a
+request of DDIM steps on diffusers' DiT-S/2 (random weights that hide nothing, batch 1, no guidance); each peer on its
+own copy, with the same rule and the same numbers as ours. Medians over rounds; every round runs all rows once, in turn.
+"gap" is the largest difference of the last latents over their spread; "full" the steps that ran every block. Hooks that
+keep their decisions to themselves are asked by counting how often a middle block's MLP really ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LABEL = torch.tensor([207])
+Run = Callable[[], Tensor]
+
+
+def weights(net: Any) -> Any:
+    """Random weights of normal size everywhere; zero-initialised gates would make every cache exact."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            scale = 0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.02
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    return net.eval().requires_grad_(False)
+
+
+def medians(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Seconds per row, interleaved; one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for round_ in range(rounds + 1):
+        for name, call in rows.items():
+            began = time.perf_counter()
+            call()
+            if round_:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def overhead(rounds: int) -> list[dict[str, Any]]:
+    """The all-R program against the plain loop."""
+    from pliant.compute import Cache, Compute, Moment
+    from pliant.compute.executor import Call
+    from pliant.compute.lowering import lower
+    from pliant.integrations import SiteTransformer
+    from pliant.models import DiT, DiTConfig
+    from pliant.models.dit_sites import DiTSites
+
+    x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    ours = weights(DiT(DiTConfig(input_size=(32, 32), patch_size=(2, 2), in_channels=4, width=384, depth=12, heads=6)))
+    theirs, t = diffusers_dit(), torch.tensor([500])
+    modulations = ours.modulations(torch.tensor([500.0]), LABEL)
+    sites = DiTSites(ours)
+    program = lower(Compute(sites="R24"), 24)
+
+    def executed() -> Tensor:
+        return Call(program, sites, Cache(), "net", ("cond",), Moment(0, 0.5, 0.0))(x, modulations)
+
+    always = SiteTransformer(theirs, [Compute(sites="R24")])
+    found = medians(
+        {
+            "pliant loop": lambda: ours.forward_modulated(x, modulations),
+            "pliant executor": executed,
+            "diffusers loop": lambda: theirs(x, timestep=t, class_labels=LABEL),
+            "diffusers executor": lambda: always(x, timestep=t, class_labels=LABEL),
+        },
+        rounds * 10,
+    )
+    rows = []
+    for name in ("pliant", "diffusers"):
+        plain, program_s = found[f"{name} loop"], found[f"{name} executor"]
+        rows.append({"what": f"all sites, {name} DiT-S/2", "plain_s": plain, "executor_s": program_s})
+        extra = 100 * (program_s / plain - 1)
+        print(
+            f"{rows[-1]['what']:34} plain {plain * 1e3:7.2f} ms   executor {program_s * 1e3:7.2f} ms   {extra:+.1f} %"
+        )
+    return rows
+
+
+def diffusers_dit() -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    net = DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, sample_size=32,
+        patch_size=2,
+    )  # fmt: skip
+    return weights(net)
+
+
+class Request:
+    """DDIM on one starting noise."""
+
+    def __init__(self, steps: int) -> None:
+        from diffusers import DDIMScheduler
+
+        self.scheduler = DDIMScheduler(clip_sample=False)
+        self.scheduler.set_timesteps(steps)
+        self.start = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+        self.times = [float(t) / 1000 for t in self.scheduler.timesteps]
+        self.now = 0
+
+    def __call__(self, network: Any) -> Tensor:
+        x = self.start
+        for t in self.scheduler.timesteps:
+            self.now = int(t)
+            out = network(x, timestep=t[None], class_labels=LABEL).sample[:, :4]
+            x = self.scheduler.step(out, t, x).prev_sample
+        return x
+
+
+def hooked(net: Any, request: Request, apply: Callable[[Any], None]) -> Run:
+    """A request on a copy with diffusers' hooks, which are reset first."""
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    own = copy.deepcopy(net)
+    apply(own)
+
+    def run() -> Tensor:
+        HookRegistry.check_if_exists_or_initialize(own).reset_stateful_hooks()
+        for module in own.modules():  # hooks on inner modules (PAB) that the root does not list
+            if hasattr(module, "_diffusers_hook"):
+                module._diffusers_hook.reset_stateful_hooks(recurse=False)
+        _set_cache_context(own, CacheContext("cond"))
+        return request(own)
+
+    run.network = own  # type: ignore[attr-defined]
+    return run
+
+
+def pairs(net: Any, request: Request, steps: int) -> dict[str, tuple[str, dict[str, Any], Run]]:
+    """By name: our preset and its options, and the peer's request."""
+    from diffusers import hooks
+
+    ratios = [1.0] + [1 + 0.04 * ((7 * i) % 5 - 2) / 2 for i in range(1, steps)]
+    attention_mlp = [r"transformer_blocks\.\d+\.(attn1|ff)"]
+    taylor = hooks.TaylorSeerCacheConfig(
+        cache_interval=4, disable_cache_before_step=3, max_order=1, taylor_factors_dtype=torch.float32,
+        cache_identifiers=attention_mlp,
+    )  # fmt: skip
+    pab = hooks.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(100, 800),
+        current_timestep_callback=lambda: request.now,
+    )  # fmt: skip
+    mag = hooks.MagCacheConfig(threshold=0.06, max_skip_steps=3, num_inference_steps=steps, mag_ratios=ratios)
+    found: dict[str, tuple[str, dict[str, Any], Run]] = {}
+    for threshold in (0.05, 0.1, 0.2):
+        config = hooks.FirstBlockCacheConfig(threshold=threshold)
+        run = hooked(net, request, lambda n, c=config: hooks.apply_first_block_cache(n, c))
+        found[f"diffusers FirstBlockCache {threshold:g}"] = ("fbc", {"threshold": threshold}, run)
+    found["diffusers TaylorSeer every 4"] = (
+        "taylorseer-diffusers",
+        {"interval": 4, "warmup": 3, "order": 1, "basis": "taylor"},
+        hooked(net, request, lambda n: hooks.apply_taylorseer_cache(n, taylor)),
+    )
+    found["diffusers MagCache 0.06"] = (
+        "magcache",
+        {"ratios": ratios, "threshold": 0.06, "max_run": 3},
+        hooked(net, request, lambda n: hooks.apply_mag_cache(n, mag)),
+    )
+    found["diffusers PAB 2"] = (
+        "pab",
+        {"attention": 2, "low": 0.1, "high": 0.8},
+        hooked(net, request, lambda n: hooks.apply_pyramid_attention_broadcast(n, pab)),
+    )
+    return found
+
+
+def cache_dit_pairs(net: Any, request: Request, steps: int) -> dict[str, tuple[str, dict[str, Any], Run]]:
+    """The same of cache-dit's DBCache. Raises ImportError where it is not installed."""
+    import cache_dit
+
+    found: dict[str, tuple[str, dict[str, Any], Run]] = {}
+    for threshold, front, back in ((0.1, 1, 0), (0.1, 4, 0), (0.2, 2, 2)):
+        own = copy.deepcopy(net)
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=front, Bn_compute_blocks=back, residual_diff_threshold=threshold, max_warmup_steps=3,
+            num_inference_steps=steps,
+        )  # fmt: skip
+        adapter = cache_dit.BlockAdapter(
+            transformer=own, blocks=own.transformer_blocks, forward_pattern=cache_dit.ForwardPattern.Pattern_3,
+            patch_functor=_dit_functor(),
+        )  # fmt: skip
+        cache_dit.enable_cache(adapter, cache_config=config)
+
+        def run(own: Any = own) -> Tensor:
+            return request(own)
+
+        run.network = own  # type: ignore[attr-defined]
+        options = {"threshold": threshold, "front": front, "back": back, "warmup": 3}
+        found[f"cache-dit DBCache F{front}B{back} {threshold:g}"] = ("dbcache", options, run)
+    return found
+
+
+def _dit_functor() -> Any:
+    from cache_dit.caching.patch_functors import DiTPatchFunctor
+
+    return DiTPatchFunctor()
+
+
+def full_steps(middle: Any, run: Run) -> tuple[Tensor, int]:
+    """The answer, and how often a middle block's MLP really ran."""
+    count = [0]
+    handle = middle.ff.net[0].register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    try:
+        return run(), count[0]
+    finally:
+        handle.remove()
+
+
+def peers(steps: int, rounds: int, folder: str | None) -> list[dict[str, Any]]:
+    from pliant.integrations import SiteTransformer, sites_of
+    from pliant.integrations.sites.schedule import cache_schedule
+
+    net, request = diffusers_dit(), Request(steps)
+    found = pairs(net, request, steps)
+    if folder:
+        sys.path.append(folder)
+    try:
+        found |= cache_dit_pairs(net, request, steps)
+    except ImportError as error:
+        print(f"cache-dit is not here ({error}); see --cache-dit", file=sys.stderr)
+    plain = request(net)
+    runs: dict[str, Run] = {"plain": lambda: request(net)}
+    checks: dict[str, dict[str, Any]] = {}
+    for name, (preset, options, theirs) in found.items():
+
+        def ours(preset: str = preset, options: dict[str, Any] = options) -> Tensor:
+            schedule = cache_schedule(sites_of(net), request.times, preset, **options)
+            return request(SiteTransformer(net, schedule))
+
+        runs[name], runs[f"pliant {name}"] = theirs, ours
+        peer: Any = theirs
+        want, their_full = full_steps(_block(peer.network), theirs)
+        got, our_full = full_steps(_block(net), ours)
+        checks[name] = {
+            "gap": float((got - want).abs().max() / want.std()),
+            "full": our_full,
+            "peer_full": their_full,
+            "effect": float((want - plain).abs().max() / plain.std()),
+        }
+    seconds = medians(runs, rounds)
+    print(f"\n{'plain':34} {seconds['plain']:7.3f} s   ({steps} steps)")
+    rows: list[dict[str, Any]] = [{"what": "plain", "seconds": seconds["plain"]}]
+    for name, check in checks.items():
+        peer_s, own_s = seconds[name], seconds[f"pliant {name}"]
+        rows.append({"what": name, "peer_s": peer_s, "seconds": own_s, **check})
+        print(
+            f"{name:34} {peer_s:7.3f} s   pliant {own_s:7.3f} s   {own_s / peer_s:5.3f}x   full {check['peer_full']:2d} "
+            f"and {check['full']:2d}   gap {check['gap']:.1e}   effect of the cache {check['effect']:.1e}"
+        )
+    return rows
+
+
+def _block(network: Any) -> Any:
+    """The seventh block, behind cache-dit's wrapper where there is one."""
+    found = [m for m in network.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    return found[6]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cache-dit", help="folder that pip installed cache-dit into")
+    parser.add_argument("--json", help="also write the rows here")
+    args = parser.parse_args()
+    with torch.no_grad():
+        rows = overhead(args.rounds) + peers(args.steps, args.rounds, args.cache_dit)
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
