@@ -1,5 +1,6 @@
 """Plans, and the one loop that runs them."""
 
+from pliant.plans.batching import Batcher, Progress, Request, sample_together, steps_together
 from pliant.plans.budget import Budget, parse_budget
 from pliant.plans.cost import PlanCost
 from pliant.plans.gradients import Gradients, differentiable_sample, sample_with_gradients
@@ -9,11 +10,14 @@ from pliant.plans.presets import uniform, weak_to_powerful, weakest
 from pliant.plans.sampling import Sampler, sample, sample_steps
 
 __all__ = [
+    "Batcher",
     "Budget",
     "DenoisingMCMC",
     "Gradients",
     "Plan",
     "PlanCost",
+    "Progress",
+    "Request",
     "Sampler",
     "Step",
     "differentiable_sample",
@@ -21,7 +25,9 @@ __all__ = [
     "parse_budget",
     "sample",
     "sample_steps",
+    "sample_together",
     "sample_with_gradients",
+    "steps_together",
     "uniform",
     "weak_to_powerful",
     "weakest",
