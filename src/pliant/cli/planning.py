@@ -65,7 +65,10 @@ def _named(text: str, what: str, example: str) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"cannot read the {what} {text!r}; write a name, or options as in {example}")
-        config[key.strip()] = yaml.safe_load(value)
+        try:
+            config[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"cannot read the value {value!r} of {key.strip()!r} in the {what} {text!r}") from None
     return config
 
 

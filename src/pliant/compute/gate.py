@@ -72,8 +72,15 @@ class Gate:
             raise ConfigError("a gate on the probe's residual needs probe >= 1 sites")
         if not (isinstance(self.threshold, (int, float)) and self.threshold >= 0):
             raise ConfigError(f"gate has threshold {self.threshold!r}; expected a number >= 0")
+        unlimited = self.max_run is None and self.max_hits is None and self.max_seen is None
+        # A sum grows past any number and a polynomial may be of any size; a plain change is a share of what was there.
         if math.isinf(self.threshold) and self.max_run is None:
             raise ConfigError("a gate with an infinite threshold never recomputes; give it max_run, or a number")
+        if self.threshold >= 1 and unlimited and not self.polynomial and not self.accumulate:
+            raise ConfigError(
+                f"a gate with threshold {self.threshold:g} never recomputes: a change of 100 % would still count as "
+                f"none; take one below 1, or give max_run"
+            )
         for name in ("max_run", "max_hits"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

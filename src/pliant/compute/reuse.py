@@ -65,6 +65,8 @@ class Reuse:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Reuse:
         """Inverse of `to_dict`. Raises ConfigError for unknown fields."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"reuse is {values!r}; expected an object like {{\"kind\": \"branch\"}}")
         try:
             fit = values.get("fit")
             return Reuse(**{**values, "fit": None if fit is None else Chebyshev(**fit)})

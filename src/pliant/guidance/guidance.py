@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pliant.compute import Compute
 from pliant.errors import PlanError, suggest
-from pliant.guidance.rules import Linear, Rule, Zero, rule_from_dict, rule_to_dict
+from pliant.guidance.rules import Linear, Rule, Zero, is_number, rule_from_dict, rule_to_dict
 
 Against: TypeAlias = Literal["null", "weak", "guide", "remembered", "origin", "difference"]
 AGAINST: tuple[Against, ...] = get_args(Against)
@@ -50,21 +50,26 @@ class Guidance:
     """"difference": what its low and high frequencies (below and above half of Nyquist) are multiplied with."""
 
     def __post_init__(self) -> None:
+        if not is_number(self.scale):
+            raise PlanError(f"guidance has scale {self.scale!r}; expected a number")
         if self.against not in AGAINST:
             raise PlanError(f"guidance is against {self.against!r}; {suggest(str(self.against), AGAINST)}")
         if self.against == "weak" and self.compute is None:
             raise PlanError("guidance against a weak call needs that call's compute, e.g. Compute.of(patch=4)")
         if self.against not in CALLED and self.compute is not None:
             raise PlanError(f"guidance against {self.against!r} makes no reference call, so it takes no compute")
-        if self.channels is not None and self.channels < 1:
-            raise PlanError(f"guidance needs at least 1 channel, got {self.channels}; leave it out to guide all")
-        if not 0.0 <= self.rescale <= 1.0:
-            raise PlanError(f"guidance has rescale {self.rescale}; expected a share in [0, 1]")
+        if self.channels is not None and (not isinstance(self.channels, int) or self.channels < 1):
+            raise PlanError(f"guidance needs at least 1 channel, got {self.channels!r}; leave it out to guide all")
+        if not is_number(self.rescale) or not 0.0 <= self.rescale <= 1.0:
+            raise PlanError(f"guidance has rescale {self.rescale!r}; expected a share in [0, 1]")
+        if not is_number(self.moderation):
+            raise PlanError(f"guidance has moderation {self.moderation!r}; expected a number")
         if self.moderation != 1.0 and self.against not in ("remembered", "origin"):
             raise PlanError("moderation is for virtual negatives: guidance against 'remembered' or 'origin'")
+        pair = isinstance(self.gain, (tuple, list)) and len(self.gain) == 2 and all(map(is_number, self.gain))
+        if not pair:
+            raise PlanError(f"guidance has gain {self.gain!r}; expected two numbers, for low and high frequencies")
         object.__setattr__(self, "gain", tuple(float(g) for g in self.gain))
-        if len(self.gain) != 2:
-            raise PlanError(f"guidance has gain {self.gain}; expected two numbers, for low and high frequencies")
         if self.gain != (1.0, 1.0) and self.against != "difference":
             raise PlanError("gain is for guidance against 'difference', which it multiplies")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -211,16 +211,31 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
 
 
 def rule_from_dict(values: Mapping[str, Any]) -> Rule:
-    """Inverse of `rule_to_dict`. Raises PlanError for an unknown rule or option."""
+    """Inverse of `rule_to_dict`. Raises PlanError for an unknown rule or option, or a value that fits none."""
+    if not isinstance(values, Mapping):
+        raise PlanError(f"a guidance rule is {values!r}; expected an object like {{\"name\": \"zero\"}}")
     options = dict(values)
     name = options.pop("name", None)
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise PlanError(f"unknown guidance rule {name!r}; {suggest(str(name), RULES)}")
+    known = [field.name for field in fields(RULES[name])]
+    for option, value in options.items():
+        if option not in known:
+            raise PlanError(f"guidance rule {name!r} takes {', '.join(known) or 'no options'}, not {option!r}")
+        right = {"space": isinstance(value, str), "still": isinstance(value, bool), "norm": value is None}
+        if not right.get(option, False) and (option in ("space", "still") or not is_number(value)):
+            wanted = {"still": "true or false", "space": "a name"}.get(option, "a number")
+            raise PlanError(f"guidance rule {name!r} has {option} {value!r}; expected {wanted}")
     try:
         rule: Rule = RULES[name](**options)
-    except TypeError as error:
+    except TypeError as error:  # an option that is missing
         raise PlanError(f"guidance rule {name!r}: {error}") from None
     return rule
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; JSON and YAML hand over anything."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pliant.errors import PlanError, suggest
 from pliant.guidance import RULES, Guidance, Zero
-from pliant.guidance.rules import rule_from_dict
+from pliant.guidance.rules import is_number, rule_from_dict
 from pliant.plans.plan import Plan
 
 
@@ -100,4 +100,8 @@ def guided_plan(plan: Plan, guidance: Guidance, name: str, **options: Any) -> Pl
     for option in options:
         if option not in takes:
             raise PlanError(f"guiding {name!r} takes {', '.join(takes)}, not {option!r}")
+        if option != "gain" and not is_number(options[option]):
+            raise PlanError(f"guiding {name!r} has {option} {options[option]!r}; expected a number")
+        if option in ("period", "first", "still") and not isinstance(options[option], int):
+            raise PlanError(f"guiding {name!r} has {option} {options[option]!r}; expected a whole number")
     return function(plan, guidance, **options)

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pliant.adapters.flexible_dit import FlexiDiT
+from pliant.adapters.width import DynamicDiT
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError, PliantError, suggest
@@ -162,8 +164,9 @@ class Plan:
             except PliantError as error:
                 raise PlanError(f"step {i} (t={step.t:g}): {error}") from None
         check_references(self, model)
+        program = self.program(model)  # the times may turn back, or a solver not work on them
         if reuses(self):
-            check_reuse(self, self.program(model), model)
+            check_reuse(self, program, model)
 
     def cost(self, model: Denoiser) -> PlanCost:
         """Exact FLOPs per image, and as a share of the same plan run at full compute."""
@@ -211,10 +214,16 @@ class Plan:
                 raise PlanError(f"step {i} of the plan lacks the field {error.args[0]!r}") from None
             except (PliantError, TypeError, ValueError) as error:
                 raise PlanError(f"step {i} of the plan: {error}") from None
+        end = data.get("end", 0.0)
+        if not isinstance(end, (int, float)):
+            raise PlanError(f"a plan ends at a time, got end {end!r}")
+        for key in ("path", "model", "provenance"):
+            if not isinstance(data.get(key) or {}, dict):
+                raise PlanError(f"the field {key!r} of a plan is an object, got {data[key]!r}")
         return Plan(
             steps=tuple(steps),
             path=path_from_config(data["path"]),
-            end=float(data.get("end", 0.0)),
+            end=float(end),
             model=dict(data.get("model") or {}),
             reset_history_on_switch=bool(data.get("reset_history_on_switch", False)),
             provenance=dict(data.get("provenance") or {}),
@@ -254,9 +263,19 @@ def check_step(step: Step, model: Denoiser) -> None:
         own.patch_of(call.compute)
         own.exit_of(call.compute)
         own.shape(call.compute)  # a smaller grid may not exist
+        _check_network(call.compute, own)
     check_tokens(calls_of(step), model)
     if step.guidance is not None:
         check_guidance(step.guidance, step.compute, model)
+
+
+def _check_network(compute: Compute, model: Denoiser) -> None:
+    """Raise PlanError where this kind of network cannot do what a compute asks for."""
+    if isinstance(model.network, DynamicDiT) and not (compute.plain and compute.scale is None):
+        raise PlanError("sites, caches, token subsets and scales do not work on a network with routed width")
+    core = model.core
+    if isinstance(core, FlexiDiT) and not compute.plain and (not compute.merged or core.spec.norm == "layernorm"):
+        raise PlanError("sites, caches and token subsets need merged adapters and a network without LayerNorms")
 
 
 def check_guidance(guidance: Guidance, compute: Compute, model: Denoiser) -> None:

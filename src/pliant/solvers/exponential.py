@@ -27,7 +27,7 @@ def check_order(order: int, highest: int, name: str) -> None:
 
 
 def check_taper(rule: Taper) -> None:
-    if isinstance(rule, str) and rule != "auto":
+    if rule != "auto" and not isinstance(rule, int):
         raise PlanError(f"lower_order_final is 'auto', true, false or a number of steps, got {rule!r}")
 
 
