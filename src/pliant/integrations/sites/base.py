@@ -123,7 +123,8 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def unpatched(x: Tensor, height: int, width: int, patch: int, channels: int) -> Tensor:
+def unpatched(x: Tensor, grid: tuple[int, int], patch: int, channels: int) -> Tensor:
     """Tokens (B, height * width, patch^2 * channels) -> (B, channels, height * patch, width * patch)."""
+    height, width = grid
     x = x.reshape(-1, height, width, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(-1, channels, height * patch, width * patch)

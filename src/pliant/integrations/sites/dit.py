@@ -43,7 +43,9 @@ class DiTTransformerSites(BlockSites):
 
     def add(self, s: int, state: State, branch: Branch, context: Inputs) -> State:
         gate = self.modulations(s // 2, state, context)[3 * (s % 2) + 2]
-        return (gate[:, None] * branch[0] + state[0],)
+        change = branch[0]
+        assert change is not None
+        return (gate[:, None] * change + state[0],)
 
     def block(self, block: int, state: State, context: Inputs) -> State:
         options = {"cross_attention_kwargs": context.shared["attention"] or None}
@@ -55,4 +57,4 @@ class DiTTransformerSites(BlockSites):
         shift, scale = net.proj_out_1(F.silu(emb)).chunk(2, dim=1)
         x = net.proj_out_2(modulated(net.norm_out(x), shift, scale))
         side = int(x.shape[1] ** 0.5)  # this class knows square latents only
-        return unpatched(x, side, side, net.patch_size, net.out_channels)
+        return unpatched(x, (side, side), net.patch_size, net.out_channels)

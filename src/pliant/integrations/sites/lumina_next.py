@@ -55,7 +55,9 @@ class LuminaNextSites(BlockSites):
 
     def add(self, s: int, state: State, branch: Branch, context: Inputs) -> State:
         gate = self.modulations(s // 2, state, context)[2 * (s % 2) + 1]
-        return (state[0] + gate[:, None].tanh() * branch[0],)
+        change = branch[0]
+        assert change is not None
+        return (state[0] + gate[:, None].tanh() * change,)
 
     def block(self, block: int, state: State, context: Inputs) -> State:
         rows, shared = context.rows, context.shared

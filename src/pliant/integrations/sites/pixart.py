@@ -81,7 +81,7 @@ class PixArtSites(BlockSites):
         net = self.transformer
         shift, scale = (net.scale_shift_table[None] + context.rows["embedded"][:, None]).chunk(2, dim=1)
         x = net.proj_out(net.norm_out(state[0]) * (1 + scale) + shift)
-        return unpatched(x, *context.shared["grid"], net.config.patch_size, net.out_channels)
+        return unpatched(x, context.shared["grid"], net.config.patch_size, net.out_channels)
 
 
 def _bias(mask: Tensor | None, like: Tensor) -> Tensor | None:

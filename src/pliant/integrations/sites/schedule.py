@@ -80,7 +80,7 @@ def fitted(row: Row, sites: BlockSites) -> Row:
         pairs = parse_sites(text)
         out = []
         for site in sites.sites:
-            attention, mlp = pairs[2 * site.block : 2 * site.block + 2]
+            attention, mlp = pairs[2 * site.block], pairs[2 * site.block + 1]
             kinds = {"mlp": mlp, "block": attention if attention == mlp else "R"}
             out.append(kinds.get(site.kind, attention))
         return format_sites(out)

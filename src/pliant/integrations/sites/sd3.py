@@ -71,10 +71,12 @@ class SD3Sites(BlockSites):
     def add(self, s: int, state: State, branch: Branch, context: Inputs) -> State:
         m, part = self.modulations(s // 2, state, context), s % 2
         image, text = state
-        image = image + m[3 * part + 2][:, None] * branch[0]
-        if len(branch) == 3:
-            image = image + m[-1][:, None] * branch[2]
-        return (image, text if branch[1] is None else text + m[3 * part + 8][:, None] * branch[1])
+        first, words, *second = branch
+        assert first is not None
+        image = image + m[3 * part + 2][:, None] * first
+        for change in second:
+            image = image if change is None else image + m[-1][:, None] * change
+        return image, text if words is None else text + m[3 * part + 8][:, None] * words
 
     def block(self, block: int, state: State, context: Inputs) -> State:
         text, image = self.blocks[block](
@@ -86,4 +88,4 @@ class SD3Sites(BlockSites):
     def head(self, state: State, context: Inputs) -> Tensor:
         net = self.transformer
         x = net.proj_out(net.norm_out(state[0], context.rows["temb"]))
-        return unpatched(x, *context.shared["grid"], net.config.patch_size, net.out_channels)
+        return unpatched(x, context.shared["grid"], net.config.patch_size, net.out_channels)
