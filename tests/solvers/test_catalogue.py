@@ -663,6 +663,17 @@ def test_churn_by_hand():
     assert many.steps[0][1].node.sigma == pytest.approx(2.0 * math.sqrt(2.0))  # at most sqrt(2)
 
 
+@pytest.mark.parametrize(("method", "share"), [("midpoint", 1 / 2), ("ralston", 2 / 3)])
+def test_churn_with_a_stage_inside_looks_there_from_the_raised_level(method, share):
+    path, times = get_path("edm"), get_path("edm").time_of_sigma(torch.tensor([2.0, 1.2, 0.7])).tolist()
+    program = compile_program(path, times, {"name": "edm-churn", "churn": 0.4, "method": method}, "epsilon")
+    ratios = [e.node.sigma / e.node.alpha for e in program.evaluations]
+    for k, (here, there) in enumerate(((2.0, 1.2), (1.2, 0.7))):
+        raised = here * (1 + 0.4 / 2)
+        assert ratios[2 * k] == pytest.approx(raised, rel=1e-6)
+        assert ratios[2 * k + 1] == pytest.approx(raised + share * (there - raised), rel=1e-6)
+
+
 def test_churn_of_nothing_is_heun():
     path = get_path("edm")
     times = torch.cat([path.time_of_noise_ratio(torch.tensor([80.0, 5.0, 0.4], dtype=torch.float64)), torch.zeros(1)])
