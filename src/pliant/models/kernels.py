@@ -11,13 +11,15 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @lru_cache(maxsize=1)
 def has_fused_linear() -> bool:
     """Whether this PyTorch offers the fused operator and it computes what we think (one tiny product is tried)."""
     try:
-        with torch.device("cpu"), torch.no_grad():
+        # Outside any mode that counts or traces: the trial is not part of what runs.
+        with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
             x, w, b = torch.eye(2), torch.tensor([[1.0, -1.0], [0.5, 2.0]]), torch.ones(2)
             fused = torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], "tanh")
             return bool(torch.allclose(fused, F.gelu(F.linear(x, w, b), approximate="tanh"), atol=1e-5))
