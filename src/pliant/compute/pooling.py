@@ -1,7 +1,7 @@
 """Averaged tokens: some sites run on means over windows of the token grid, and what they change is copied back.
 
 `x <- x + U(f(P x) - P x)`, with P the mean over windows and U the copy to every token of a window: detail within a
-window passes by untouched. It is SparseDiT's sparse part (arXiv 2412.06028; sheet H, section 3) without its learned merge
+window passes by untouched. SparseDiT's sparse part (arXiv 2412.06028; sheet H, section 3) without the learned merge
 and recover blocks; several spans are a patch schedule over depth, as in MPDiT (2603.26357; section 3b), untrained.
 """
 
