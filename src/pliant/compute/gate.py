@@ -63,6 +63,10 @@ class Gate:
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(f"gate has {name} {value!r}; {suggest(str(value), known)}")
+        if not isinstance(self.accumulate, bool):
+            raise ConfigError(f"gate has accumulate {self.accumulate!r}; expected true or false")
+        if not isinstance(self.probe, int):
+            raise ConfigError(f"gate has a probe of {self.probe!r}; expected a number of sites")
         letters = parse_sites(self.on_hit)
         if "C" not in letters and "K" not in letters:
             raise ConfigError(f"a gate's on_hit {self.on_hit!r} saves nothing: it needs sites that are C or K")

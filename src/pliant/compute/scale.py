@@ -88,6 +88,8 @@ class LowBand:
     @staticmethod
     def from_config(config: dict[str, Any]) -> LowBand:
         """Inverse of `to_config`. Raises ConfigError for an unknown field."""
+        if not isinstance(config, dict):
+            raise ConfigError(f"scale is {config!r}; expected an object like {{\"ratio\": 2}}")
         fields = dict(config)
         spectrum = fields.pop("spectrum", None)
         try:

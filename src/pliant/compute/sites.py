@@ -79,7 +79,7 @@ _RUN = re.compile(r"([RCK])([1-9]\d*)")
 
 def parse_sites(text: str) -> str:
     """ "R2C3" -> "RRCCC". Raises ConfigError for anything that is not letters R, C, K with counts."""
-    runs = _RUN.findall(text)
+    runs = _RUN.findall(text) if isinstance(text, str) else []
     if not text or "".join(letter + count for letter, count in runs) != text:
         raise ConfigError(
             f"sites {text!r} is not a list of runs such as 'R4C16R4' (R run, C reuse from the cache, K skip)"

@@ -167,6 +167,8 @@ def _pooled_from_dict(values: Any) -> Pooled:
 
 def tokens_from_dict(values: Mapping[str, Any]) -> Tokens:
     """Inverse of `tokens_to_dict`. Raises ConfigError for an unknown kind or field."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"tokens is {values!r}; expected an object like {{\"kind\": \"subset\", \"ratio\": 0.5}}")
     rest = dict(values)
     kind = rest.pop("kind", None)
     if kind not in _KINDS:

@@ -40,6 +40,9 @@ def guided(
     clean data need. Memory is updated.
     """
     scale, channels = guidance.scale, guidance.channels
+    if conditional.dtype != reference.dtype:  # calls of two precisions
+        wide = torch.promote_types(conditional.dtype, reference.dtype)
+        conditional, reference = conditional.to(wide), reference.to(wide)
     if isinstance(guidance.rule, Linear) and not guidance.rescale:
         return guide(conditional, reference, scale, channels)
     own, other = conditional, reference

@@ -50,5 +50,6 @@ class DiTTokens(DiTSites):
         return q, k, v
 
     def _attended(self, s: int, q: Tensor, k: Tensor, v: Tensor) -> Branch:
-        out = F.scaled_dot_product_attention(q, k, v)
+        # What was kept may be of another precision than this call's.
+        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))
         return (linear(out.transpose(1, 2).reshape(len(q), q.shape[2], -1), self._plain_block(s).proj, None),)

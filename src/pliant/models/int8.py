@@ -83,6 +83,8 @@ def quantized_rows(weight: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 def quantized_input(x: Tensor) -> tuple[Tensor, float] | None:
     """Any shape -> int8 codes in [-127, 127] and their scale; None if a value is not finite."""
     x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+    if not x.numel():  # routed networks may leave no token to a branch
+        return torch.empty(x.shape, dtype=torch.int8), 1.0
     if x.dtype == torch.bfloat16:
         low, high = torch.aminmax(x)
     else:  # the two are vectorised better than the one, for float32 only

@@ -1,0 +1,259 @@
+"""Checks of sheets E and H and bad plans that no other file makes: docs/compute-checks.md lists them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pliant
+from pliant import Denoiser
+from pliant.compute import Compute, Gate, Reuse, Subset
+from pliant.compute.scale import LowBand
+from pliant.errors import PlanError, PliantError
+from pliant.guidance import Guidance
+from pliant.plans import Plan, Sampler, sample
+from pliant.plans.guiding import guided_plan
+from support.cli import refused, run_here
+from support.networks import randomize, tiny_denoiser
+
+SITES = 4
+FULL, CHEAP = Compute(write=("branch",)), Compute(sites="C4", reuse=Reuse("branch"))
+
+
+def planned(model: Denoiser, *computes: Compute, guidance: Guidance | None = None) -> Plan:
+    base = Plan.uniform(model, len(computes), "euler")
+    return base.with_steps(
+        replace(s, compute=c, guidance=guidance) for s, c in zip(base.steps, computes, strict=True)
+    )
+
+
+def with_exits() -> Denoiser:
+    model = pliant.attach_exits(tiny_denoiser(depth=3), [1, 2])
+    randomize(model.network, 6, 0.1)
+    return model
+
+
+def routed() -> Denoiser:
+    model = pliant.route_width(tiny_denoiser())
+    randomize(model.network.routers, 5, 0.6)  # type: ignore[union-attr]
+    return model
+
+
+# Two requests on one model (issue 4, done-when 5) -----------------------------------------------------------------------
+
+
+def test_requests_in_turn_are_requests_alone() -> None:
+    """Every kind of memory at once: two exits, branches, gates, tokens, guidance from memory, a smaller grid."""
+    model = with_exits()
+    m = 6
+    branches = Compute(write=("branch",)), Compute(sites=f"C{m}", reuse=Reuse("branch"))
+    gated = Compute(write=(f"span(1,{m})",), reuse=Reuse("span"), gate=Gate(0.3, f"R1C{m - 1}", 1))
+    base = Plan.uniform(model, 4, "dpmpp-2m")
+    plans = [
+        planned(model, *branches, *branches, guidance=Guidance.cfg(2.0)),
+        base.with_steps(replace(s, compute=gated) for s in base.steps),
+        planned(model, Compute(write=("kv",)), *[Compute(tokens=Subset(0.5, starvation=1.0))] * 3),
+        guided_plan(base, Guidance.cfg(2.0), "projected", momentum=-0.5),
+        guided_plan(base, Guidance.cfg(2.0), "once"),
+        planned(model, Compute(exit=1), Compute(exit=2), Compute(), Compute()),
+        planned(model, Compute(scale=LowBand()), Compute(scale=LowBand()), Compute(), Compute()),
+    ]
+    samplers = [Sampler(model, plan) for plan in plans]
+    alone = [list(s.steps([1, 2], [3, 4])) for s in samplers]
+    again = [*samplers, *samplers]  # the same sampler twice at once, too
+    runs = [s.steps([1, 2], [3, 4]) for s in again]
+    for k in range(4):
+        for r, run in enumerate(runs):
+            assert torch.equal(next(run).x, alone[r % len(plans)][k].x), (k, r)
+
+
+# Bad plans are refused when checked, with the step (done-when 6) --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "computes", "words"),
+    [
+        (tiny_denoiser, [FULL, Compute(sites="R2C2", reuse=Reuse("span"))], r"step 1 .*span\(2,4\).*write="),
+        (tiny_denoiser, [FULL, Compute(tokens=Subset(0.5))], r"step 1 .*keys and values"),
+        (tiny_denoiser, [FULL, Compute(sites="R6")], r"step 1 .*6 sites, this model has 4"),
+        (tiny_denoiser, [FULL, Compute(write=("span(2,6)",))], r"step 1 .*span\(2,6\).*only 4 sites"),
+        (tiny_denoiser, [FULL, Compute(scale=LowBand.of(3.0))], "step 1 .*whole number"),
+        (tiny_denoiser, [FULL, Compute(scale=LowBand.of(8.0))], "step 1 "),  # no patch fits on one pixel
+        # A cache of one depth is not one of another, and a span ends before the exit.
+        (with_exits, [Compute(write=("span(1,4)",)), Compute(exit=1, sites="R1C3", reuse=Reuse("span"))], "step 1 "),
+        (with_exits, [FULL, Compute(exit=1, write=("span(2,6)",))], r"step 1 .*span\(2,6\).*only 4 sites"),
+        (with_exits, [Compute(), Compute(exit=1, sites="R6")], r"step 1 .*6 sites, this model has 4"),
+        (routed, [Compute(), FULL], "step 1 .*routed width"),
+        (routed, [Compute(), Compute(scale=LowBand())], "step 1 .*routed width"),
+        (
+            lambda: pliant.flexify(tiny_denoiser(), [4], rank=2),
+            [Compute(), replace(FULL, merged=False)],
+            "step 1 .*merged adapters",
+        ),
+        (tiny_denoiser, [Compute(), Compute(write=("increment",), precision="int8d")], "step 1 .*int8d"),
+    ],
+)
+def test_refused_when_checked(make: Callable[[], Denoiser], computes: list[Compute], words: str) -> None:
+    model = make()
+    with pytest.raises(PlanError, match=words) as error:
+        planned(model, *computes).check(model)
+    assert "\n" not in str(error.value)
+
+
+def changed(plan: Plan, step: int, field: str, value: object) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(json.dumps(plan.to_dict()))
+    *way, last = field.split(".")
+    place: Any = data["steps"][step]
+    for key in way:
+        place = place[key]
+    place[last] = value
+    return data
+
+
+GATE = {"threshold": 0.1, "on_hit": "R1C3", "probe": 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("compute.sites", "R6", ["step 2", "6 sites", "has 4"]),
+        ("compute.sites", 5, ["step 2", "5", "runs such as"]),
+        ("compute.sites", "R2C2", ["step 2", "no reuse"]),
+        ("compute.reuse", "branch", ["step 2", "reuse is 'branch'"]),
+        ("compute.tokens", {"kind": "subset", "ratio": 1.5}, ["step 2", "1.5", "(0, 1]"]),
+        ("compute.tokens", {"kind": "merge", "ratio": 0.9}, ["step 2", "0.75"]),
+        ("compute.tokens", 0.5, ["step 2", "tokens is 0.5"]),
+        ("compute.scale", 2, ["step 2", "scale is 2"]),
+        ("compute.gate", {**GATE, "threshold": 1e9}, ["step 2", "never recomputes"]),
+        ("compute.gate", {**GATE, "threshold": float("inf")}, ["step 2", "never recomputes"]),
+        ("compute.gate", {**GATE, "threshold": float("nan")}, ["step 2", "number >= 0"]),
+        ("compute.gate", {**GATE, "accumulate": {}}, ["step 2", "true or false"]),
+        ("compute.exit", 1, ["step 2", "no exit"]),
+        ("compute.precision", "fp8", ["step 2", "fp8"]),
+        ("guidance", {"scale": float("nan")}, ["step 2", "scale nan"]),
+        ("guidance", {"scale": "2"}, ["step 2", "scale '2'"]),
+        ("guidance", {"scale": 2.0, "rule": {"name": "banded", "low": "x"}}, ["step 2", "low 'x'"]),
+        ("guidance", {"scale": 2.0, "rule": "zero"}, ["step 2", "'zero'"]),
+        ("t", 1.0, ["time"]),
+        ("t", 3.0, ["times lie between"]),
+        ("solver.lower_order_final", {}, ["step 2", "lower_order_final"]),
+    ],
+)
+def test_damaged_plan_files_are_one_line(field: str, value: object, words: list[str], tmp_path: Path) -> None:
+    """`pliant sample MODEL --plan bad.json`: exit code 2, nothing written."""
+    pliant.save(tiny_denoiser(), tmp_path / "model")
+    plan = Plan.uniform(pliant.load(tmp_path / "model"), 4, "dpmpp-2m")
+    (tmp_path / "bad.json").write_text(json.dumps(changed(plan, 2, field, value)))
+    target = tmp_path / "out.png"
+    done = run_here("sample", tmp_path / "model", "--plan", tmp_path / "bad.json", "-o", target)
+    refused(done, *words)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--cache", "nonsense"], ["no caching preset 'nonsense'"]),
+        (["--cache", "fora:interval=[1"], ["cannot read the value '[1'"]),
+        (["--cache", "magcache:ratios=3"], ["ratios are 3"]),
+        (["--cache", "ras:resets=99"], ["reset"]),
+        (["--cache", "ras:ratio=2"], ["(0, 1]"]),
+        (["--cache", "fora:interval=99"], ["none would be recomputed"]),
+        (["--precision", "fp8"], ["unknown precision 'fp8'"]),
+        (["--guidance", "nan"], ["scale nan"]),
+        (["--guidance", "2", "--guide", "nonsense"], ["unknown way to guide"]),
+        (["--guidance", "2", "--guide", "every:period=x"], ["period 'x'"]),
+        (["--guidance", "2", "--guide", "every:period=2.5"], ["whole number"]),
+        (["--guidance", "2", "--guide", "interval:least=x"], ["least 'x'"]),
+        (["--guidance", "2", "--guide", "projected:momentum=x"], ["momentum 'x'"]),
+        (["--guidance", "2", "--guide", "projected:radius=1"], ["radius"]),
+    ],
+)
+def test_bad_options_are_one_line(options: list[str], words: list[str]) -> None:
+    refused(run_here("plan", "digits", "--steps", "8", *options), *words)
+
+
+# Precisions meet each other ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "once", "every", "projected", "zero-star", "banded"])
+def test_a_reference_of_another_precision(name: str) -> None:
+    """The guidance call in bf16, the conditional one in fp32: nearly what both in fp32 give."""
+    model = tiny_denoiser()
+    base = Plan.uniform(model, 4, "euler")
+    options: dict[str, Any] = {"banded": {"low": 1.5}, "every": {"period": 2}}.get(name, {})
+    one = guided_plan(base, Guidance.cfg(2.0, Compute(precision="fp32")), name, **options)
+    two = guided_plan(base, Guidance.cfg(2.0, Compute(precision="bf16")), name, **options)
+    a, b = sample(model, one, [1, 2]), sample(model, two, [1, 2])
+    assert a.dtype == b.dtype == torch.float32
+    assert 0 < float((a - b).norm() / a.norm()) < 0.05
+
+
+@pytest.mark.parametrize(("kept", "read"), [("fp32", "bf16"), ("bf16", "fp32"), ("bf16", "int8d")])
+@pytest.mark.parametrize("kind", ["kv", "branch", "span", "out", "drift", "state"])
+def test_what_is_kept_in_one_precision_is_read_in_another(kind: str, kept: str, read: str) -> None:
+    model = tiny_denoiser()
+    if kind == "kv":
+        first, second = Compute(write=("kv",)), Compute(tokens=Subset(0.5))
+    elif kind == "span":
+        first, second = Compute(write=("span(1,4)",)), Compute(sites="R1C3", reuse=Reuse("span"))
+    else:
+        first, second = Compute(write=(kind,)), Compute(sites="C4", reuse=Reuse(kind))  # type: ignore[arg-type]
+    found = [
+        sample(model, planned(model, replace(first, precision=a), replace(second, precision=b)), [1, 2])
+        for a, b in (("fp32", "fp32"), (kept, read))
+    ]
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.1
+
+
+def test_int8_with_a_gate() -> None:
+    """Limits of the threshold: never a hit is the plain int8 network; always hits cost less."""
+    model = tiny_denoiser()
+
+    def gated(threshold: float, **limits: int) -> Plan:
+        gate = Gate(threshold, "R1C3", 1, **limits)  # type: ignore[arg-type]
+        compute = Compute(precision="int8d", write=("span(1,4)",), reuse=Reuse("span"), gate=gate)
+        return planned(model, *[compute] * 4, guidance=Guidance.cfg(2.0))
+
+    plain = sample(model, planned(model, *[Compute(precision="int8d")] * 4, guidance=Guidance.cfg(2.0)), [1, 2])
+    assert torch.equal(sample(model, gated(0.0), [1, 2]), plain)
+    always = gated(float("inf"), max_run=3)
+    assert not torch.equal(sample(model, always, [1, 2]), plain)
+    assert always.cost(model).least_flops < always.cost(model).flops
+
+
+def test_int8_of_no_tokens() -> None:
+    """DyDiT's token routers may skip the MLP of every token; 8-bit products of nothing are nothing."""
+    model = pliant.route_width(tiny_denoiser(), routes=("tokens",))
+    for router in model.network.routers.tokens:  # type: ignore[union-attr]
+        torch.nn.init.constant_(router.fc2.bias, -1e4)
+    a, b = (sample(model, planned(model, Compute(precision=p)), [1]) for p in ("fp32", "int8d"))
+    assert float((a - b).norm() / a.norm()) < 0.1
+
+
+# Exits, caches and guidance together ------------------------------------------------------------------------------------
+
+
+def test_exits_caches_and_guidance_together(tmp_path: Path) -> None:
+    """A shallow call guides a cached one; cost is what runs, and the plan survives its file and the command line."""
+    model = with_exits()
+    kept = Compute(write=("branch",))
+    guidance = Guidance(1.5, "weak", Compute(exit=1))
+    plan = planned(model, kept, Compute(sites="C6", reuse=Reuse("branch")), kept, guidance=guidance)
+    cost = plan.cost(model)
+    weak, full = model.flops(Compute(exit=1)), model.flops()
+    assert cost.step_flops[0] == pytest.approx(weak + full) and cost.step_flops[1] < cost.step_flops[0]
+    before = sample(model, plan, [1, 2])
+    plan.save(tmp_path / "plan.json")
+    assert torch.equal(sample(model, Plan.load(tmp_path / "plan.json"), [1, 2]), before)
+    # An exit's cache is its own: kept by an exit, read by the same exit only.
+    own = Compute(exit=1, write=("branch",)), Compute(exit=1, sites="C4", reuse=Reuse("branch"))
+    assert sample(model, planned(model, *own), [1]).isfinite().all()
+    with pytest.raises(PliantError, match="step 1 "):
+        planned(model, own[0], Compute(exit=2, sites="C6", reuse=Reuse("branch"))).check(model)
