@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import torch
 
-from pliant.compute import Compute, LowBand, Pool, Pooled, Reuse, counted_flops
+from pliant.compute import Compute, Gate, LowBand, Pool, Pooled, Reuse, counted_flops
 from pliant.errors import PlanError
 from pliant.guidance import Guidance
 from pliant.models.sparse_span import pooled_span
@@ -100,6 +100,20 @@ def test_a_pooled_call_can_be_the_weak_model_of_guidance(make) -> None:  # type:
     plain = Plan.uniform(model, 3, "euler")
     assert not torch.equal(sample(model, plan, [1, 2]), sample(model, plain, [1, 2]))
     assert plain.cost(model).flops < plan.cost(model).flops < 2 * plain.cost(model).flops
+
+
+def test_a_gate_around_averaged_tokens_can_be_frozen(make) -> None:  # type: ignore[no-untyped-def]
+    """The hit reuses some of the averaged sites and still averages the others; frozen it makes the same image."""
+    model = make(flexible=False, depth=4)
+    pool = Pool((Pooled(2, 4), Pooled(6, 8)))
+    gate = Gate(0.9, "R1C4R3", probe=1, max_run=1)
+    compute = Compute(tokens=pool, write=("span(1,5)",), reuse=Reuse("span"), gate=gate, precision="fp32")
+    plan = Plan.uniform(model, 16, "euler", guidance=1.5, compute=compute)
+    frozen = plan.freeze(model, [1], [0])
+    used = [step.compute for step in frozen.steps]
+    assert any(c.sites == "R1C4R3" and c.tokens == Pool.of(6, 8) for c in used) and any(c.tokens == pool for c in used)
+    assert torch.equal(Sampler(model, frozen)([1], [0]), Sampler(model, plan)([1], [0]))
+    assert Plan.from_dict(frozen.to_dict()) == frozen
 
 
 @pytest.mark.parametrize(

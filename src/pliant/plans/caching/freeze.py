@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pliant.compute import Compute
+from pliant.compute import Compute, Pool
+from pliant.compute.pooling import pool_of_hit
+from pliant.compute.sites import parse_sites
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.plans.caching.measure import run_plan
@@ -57,7 +59,9 @@ def _decided(compute: Compute, votes: Sequence[bool]) -> Compute:
     if compute.gate is None:
         return compute
     if sum(votes) * 2 > len(votes):
-        return replace(compute, sites=compute.gate.on_hit, write=(), gate=None)
+        tokens, hit = compute.tokens, compute.gate.on_hit
+        fewer = pool_of_hit(tokens, parse_sites(hit)) if isinstance(tokens, Pool) else tokens
+        return replace(compute, sites=hit, write=(), gate=None, tokens=fewer)
     reads = "C" in (compute.sites or "")
     return replace(compute, reuse=compute.reuse if reads else None, gate=None)
 
