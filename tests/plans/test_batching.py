@@ -260,6 +260,29 @@ def test_requests_may_join_late_and_leave_early(make) -> None:  # type: ignore[n
         batcher.cancel(cancelled)
 
 
+@pytest.mark.parametrize("name", ["forecast", "branch", "state"])
+def test_a_late_request_forecasts_from_its_own_clock(make, monkeypatch, name: str) -> None:  # type: ignore[no-untyped-def]
+    """The same program at the same round, but at different steps of the two requests."""
+    model = make()
+    plan = with_computes(Plan.uniform(model, 6, "euler"), [replace(c, precision="fp32") for c in CACHED[name]])
+    shared: list[tuple[int, ...]] = []
+    joint = together.JointCache
+    monkeypatch.setattr(
+        together, "JointCache", lambda shares: shared.append(tuple(s.moment.step for s in shares)) or joint(shares)
+    )
+    requests = [Request(plan, [k], [k]) for k in (1, 2)]
+    batcher = Batcher(model)
+    final: dict[int, Tensor] = {}
+    batcher.add(requests[0])
+    for round_ in range(8):
+        if round_ == (1 if name == "forecast" else 2):
+            batcher.add(requests[1])
+        final.update({p.request: p.result.x for p in batcher.advance() if p.last})
+    assert shared and all(a != b for a, b in shared)
+    for k, want in enumerate(alone(model, requests)):
+        assert (final[k] - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 def test_a_bad_request_is_named_before_anything_runs(make, passes: list[int]) -> None:  # type: ignore[no-untyped-def]
     model = make()
     plan = Plan.uniform(model, 3, "euler", FP32)
