@@ -28,9 +28,7 @@ FULL, CHEAP = Compute(write=("branch",)), Compute(sites="C4", reuse=Reuse("branc
 
 def planned(model: Denoiser, *computes: Compute, guidance: Guidance | None = None) -> Plan:
     base = Plan.uniform(model, len(computes), "euler")
-    return base.with_steps(
-        replace(s, compute=c, guidance=guidance) for s, c in zip(base.steps, computes, strict=True)
-    )
+    return base.with_steps(replace(s, compute=c, guidance=guidance) for s, c in zip(base.steps, computes, strict=True))
 
 
 def with_exits() -> Denoiser:
@@ -45,7 +43,7 @@ def routed() -> Denoiser:
     return model
 
 
-# Two requests on one model (issue 4, done-when 5) -----------------------------------------------------------------------
+# Two requests on one model (issue 4, done-when 5) ---------------------------------------------------------------------
 
 
 def test_requests_in_turn_are_requests_alone() -> None:
@@ -73,7 +71,7 @@ def test_requests_in_turn_are_requests_alone() -> None:
             assert torch.equal(next(run).x, alone[r % len(plans)][k].x), (k, r)
 
 
-# Bad plans are refused when checked, with the step (done-when 6) --------------------------------------------------------
+# Bad plans are refused when checked, with the step (done-when 6) ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,7 @@ def test_bad_options_are_one_line(options: list[str], words: list[str]) -> None:
     refused(run_here("plan", "digits", "--steps", "8", *options), *words)
 
 
-# Precisions meet each other ---------------------------------------------------------------------------------------------
+# Precisions meet each other -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["linear", "once", "every", "projected", "zero-star", "banded"])
@@ -237,7 +235,7 @@ def test_int8_of_no_tokens() -> None:
     assert float((a - b).norm() / a.norm()) < 0.1
 
 
-# Exits, caches and guidance together ------------------------------------------------------------------------------------
+# Exits, caches and guidance together ----------------------------------------------------------------------------------
 
 
 def test_exits_caches_and_guidance_together(tmp_path: Path) -> None:

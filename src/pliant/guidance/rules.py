@@ -127,7 +127,7 @@ class Zero:
 
 @dataclass(frozen=True)
 class Damped:
-    """Magnitude-aware guidance, gentle where c and u disagree most: `g <- 1 + (g-1) exp(-damping |d|/|u|)` per sample."""
+    """Magnitude-aware guidance, gentle where c and u disagree: `g <- 1 + (g-1) exp(-damping |d|/|u|)` per sample."""
 
     damping: float = 8.0
 

@@ -275,7 +275,7 @@ def _check_network(compute: Compute, model: Denoiser) -> None:
         raise PlanError("sites, caches, token subsets and scales do not work on a network with routed width")
     corrected = "increment" in compute.write or (compute.reuse is not None and compute.reuse.kind == "increment")
     if corrected and compute.precision == "int8d":
-        raise PlanError("increments are corrected with parts of the weights, which precision 'int8d' has not; use 'bf16'")
+        raise PlanError("increments are corrected with parts of the weights, which precision 'int8d' lacks; use 'bf16'")
     core = model.core
     if isinstance(core, FlexiDiT) and not compute.plain and (not compute.merged or core.spec.norm == "layernorm"):
         raise PlanError("sites, caches and token subsets need merged adapters and a network without LayerNorms")
