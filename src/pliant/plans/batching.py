@@ -5,8 +5,8 @@ request is collected, and those that run the same network run as one batch (`tog
 differ in steps, solver, guidance and patch sizes, and may join while others are half done.
 
 Results are those of separate runs: bit for bit wherever a call has its batch to itself, otherwise to the rounding of
-the precision they run in (matrix products of other sizes add up in another order; about 1e-6 of an image's range in
-float32, 1e-2 in bfloat16).
+the precision they run in (matrix products of other sizes add up in another order): in float32 within 1e-5 of the
+largest value, in bfloat16 within about 1e-2.
 """
 
 from __future__ import annotations
