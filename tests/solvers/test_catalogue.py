@@ -459,6 +459,13 @@ def test_usf_decisions_that_are_named_solvers(form):
     equal(rows([*line, *line, block[0]], times), rows(grid | {"fit": "midpoint"}, times))
 
 
+@pytest.mark.parametrize(("corrector", "more"), [("none", 0), ("pseudo", 1), ("implicit", 1)])
+def test_usf_s_corrector_raises_the_order_it_declares_by_one(corrector, more):
+    for order in (1, 2, 3):
+        assert get_solver({"name": "usf", "order": order, "corrector": corrector}).convergence == order + more
+    assert get_solver({"name": "usf", "order": 2, "corrector": "pseudo"}).convergence == get_solver("unipc-2").convergence
+
+
 def test_usf_stencils_and_calls():
     """A first derivative from the previous node only, a second from two; "implicit" spends a second call."""
     mixed = rows({"name": "usf", "order": 3, "stencils": [[1], [1, 2]]})
