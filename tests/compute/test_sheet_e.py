@@ -10,13 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import pliant
 from pliant import Denoiser
-from pliant.compute import Compute, Gate, Reuse, Subset
+from pliant.compute import Cache, Compute, Gate, Moment, Reuse, Subset
+from pliant.compute.executor import Call
+from pliant.compute.lowering import lower
 from pliant.compute.scale import LowBand
+from pliant.compute.sites import State
 from pliant.errors import PlanError, PliantError
-from pliant.guidance import Guidance
+from pliant.guidance import Guidance, Memory, Projected
+from pliant.models import DiT, DiTConfig
+from pliant.models.dit_sites import DiTSites
 from pliant.plans import Plan, Sampler, sample
 from pliant.plans.guiding import guided_plan
 from support.cli import refused, run_here
@@ -255,3 +261,83 @@ def test_exits_caches_and_guidance_together(tmp_path: Path) -> None:
     assert sample(model, planned(model, *own), [1]).isfinite().all()
     with pytest.raises(PliantError, match="step 1 "):
         planned(model, own[0], Compute(exit=2, sites="C6", reuse=Reuse("branch"))).check(model)
+
+
+# Numbers of the sheets ------------------------------------------------------------------------------------------------
+
+
+def test_branches_beat_spans_where_gates_move() -> None:
+    """Sheet E, 10.4 (3) with a time that moves: kept spans hold old gates, kept branches go through those of now."""
+    torch.manual_seed(0)
+    config = DiTConfig(
+        input_size=(8, 8), patch_size=(2, 2), in_channels=4, width=64, depth=6, heads=4, num_classes=10,
+        learn_sigma=False,
+    )  # fmt: skip
+    network = DiT(config).requires_grad_(False)
+    for p in network.parameters():
+        p.normal_(std=0.06)
+
+    class Tokens(DiTSites):
+        def head(self, state: State, context: Tensor) -> Tensor:
+            return state[0].clone()
+
+    sites, steps = Tokens(network), 12
+    a, b = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    seen = [
+        (a + 0.02 * i * b, network.modulations(torch.full((4,), 502.5 - 5 * i / 11), torch.arange(4)))
+        for i in range(steps)
+    ]
+
+    def tokens(computes: list[Compute]) -> list[Tensor]:
+        cache = Cache(3)
+        return [
+            Call(lower(c, 12), sites, cache, "net", ("cond",), Moment(i, 1 - i / steps, 0.0))(*seen[i])
+            for i, c in enumerate(computes)
+        ]
+
+    dense = tokens([Compute()] * steps)
+    start = [sites.begin(*inputs)[0][0] for inputs in seen]
+
+    def error(period: int, reuse: Reuse, cheap: str, write: str) -> float:
+        """Mean relative error of what the blocks add, over the steps that reuse."""
+        full, less = Compute(write=(write,)), Compute(sites=cheap, reuse=reuse)
+        plan = [full if i % period == 0 or i <= period * reuse.order else less for i in range(steps)]
+        found = [
+            float((g - w).norm() / (w - s).norm())
+            for g, w, s, c in zip(tokens(plan), dense, start, plan, strict=True)
+            if c.reuse is not None
+        ]
+        return sum(found) / len(found)
+
+    branch = {(n, q): error(n, Reuse("branch", q), "C12", "branch") for n in (2, 3) for q in (0, 1, 2)}
+    for n in (2, 3):
+        assert branch[n, 0] > branch[n, 1] > branch[n, 2]
+        first_block = error(n, Reuse("span"), "R2C10", "span(2,12)")
+        rear = error(n, Reuse("span"), "R6C6", "span(6,12)")
+        assert first_block > rear > 2 * branch[n, 0]
+    assert all(branch[3, q] > branch[2, q] for q in (0, 1, 2))
+
+
+def test_teacache_s_polynomial_for_flux() -> None:
+    """Sheet E, 9: .264 at no change, least .180 at .053, below .25 only for inputs in (.0039, .167)."""
+    flux = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
+    gate = Gate(0.25, "C2", signal="input", reference="last_step", polynomial=flux, accumulate=True)
+    then = torch.ones(1, 1, 1)
+
+    def at(d: float) -> float:
+        return float(gate.change(then + d, then))
+
+    assert at(0.0) == pytest.approx(0.264, abs=5e-4)
+    values = {d: at(d) for d in (k / 1000 for k in range(1, 200))}
+    least = min(values, key=values.__getitem__)
+    assert least == pytest.approx(0.053, abs=1.5e-3) and values[least] == pytest.approx(0.180, abs=1e-3)
+    assert at(0.0038) > 0.25 > at(0.0041) and at(0.1665) < 0.25 < at(0.1680)
+
+
+def test_purely_perpendicular_guidance_is_perpendicular() -> None:
+    """Sheet H, 6: `<out - c, c>` = 0, to rounding."""
+    c, u = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    out = Projected(0.0).combine(c, u, 5.0, Memory())
+    product, size = ((out - c) * c).flatten(1).sum(1), c.square().flatten(1).sum(1)
+    assert bool((product.abs() <= 1e-12 * size).all())
+    assert bool(((out - c).flatten(1).norm(dim=1) > 1.0).all())
