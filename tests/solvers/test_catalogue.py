@@ -463,6 +463,8 @@ def test_usf_decisions_that_are_named_solvers(form):
 def test_usf_s_corrector_raises_the_order_it_declares_by_one(corrector, more):
     for order in (1, 2, 3):
         assert get_solver({"name": "usf", "order": order, "corrector": corrector}).convergence == order + more
+    calls = get_solver({"name": "usf", "order": 2, "corrector": corrector}).evaluations_per_step
+    assert calls == (2 if corrector == "implicit" else 1)
     usf = get_solver({"name": "usf", "order": 2, "corrector": "pseudo"})
     assert usf.convergence == get_solver("unipc-2").convergence
 

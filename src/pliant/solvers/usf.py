@@ -106,7 +106,7 @@ class USF(Solver):
     def emit(self, builder: ProgramBuilder, i: int) -> None:
         builder.output(i)
         t = builder.nodes[i + 1]
-        start = min(self.start, len(builder.history), i + 1)
+        start = min(self.start, len(builder.history))
         while start > 1 and not math.isfinite(builder.span(self.form, builder.nodes[i + 1 - start], t)):
             start -= 1
         form = finite_form(self.form, builder.nodes[i + 1 - start], t)

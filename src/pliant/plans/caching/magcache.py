@@ -60,7 +60,8 @@ def resampled(ratios: Sequence[float], steps: int) -> list[float]:
     """Ratios for another number of steps: the logarithm of their running product is interpolated, for a ratio belongs
     to the gap between two steps and not to a step. Raises ConfigError.
     """
-    if not isinstance(ratios, Sequence) or isinstance(ratios, str):
+    given: object = ratios  # plans and command lines may hold anything
+    if not isinstance(given, Sequence) or isinstance(given, str):
         raise ConfigError(f"ratios are {ratios!r}; expected a list of positive numbers, one per step")
     if len(ratios) < 2 or not all(isinstance(r, (int, float)) and r > 0 and math.isfinite(r) for r in ratios):
         raise ConfigError(f"ratios are {list(ratios)!r}; expected a positive number per step, at least two")
