@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pliant
 from pliant import Denoiser
+from pliant.adapters.low_band import scale_alignment
 from pliant.compute import Cache, Compute, Gate, Moment, Reuse, Subset
 from pliant.compute.executor import Call
 from pliant.compute.lowering import lower
@@ -23,6 +24,7 @@ from pliant.errors import PlanError, PliantError
 from pliant.guidance import Guidance, Memory, Projected
 from pliant.models import DiT, DiTConfig
 from pliant.models.dit_sites import DiTSites
+from pliant.paths import get_path
 from pliant.plans import Plan, Sampler, sample
 from pliant.plans.guiding import guided_plan
 from support.cli import refused, run_here
@@ -332,6 +334,19 @@ def test_teacache_s_polynomial_for_flux() -> None:
     least = min(values, key=values.__getitem__)
     assert least == pytest.approx(0.053, abs=1.5e-3) and values[least] == pytest.approx(0.180, abs=1e-3)
     assert at(0.0038) > 0.25 > at(0.0041) and at(0.1665) < 0.25 < at(0.1680)
+
+
+def test_aligned_times() -> None:
+    """Sheet H, 0 (3): `a_2(t) = t/(2-t)` and its inverse, by the operator that runs."""
+    linear = get_path("linear")
+
+    def aligned(t: float) -> float:
+        return float(scale_alignment(linear, "velocity", torch.tensor(t, dtype=torch.float64), 4).time)
+
+    assert aligned(0.92067) == pytest.approx(0.8530, abs=5e-5)
+    assert aligned(1.0) == 1.0 and aligned(0.0) == 0.0
+    for t in (0.05, 0.3, 0.7, 0.99):
+        assert aligned(2 * t / (1 + t)) == pytest.approx(t, abs=1e-12)
 
 
 def test_purely_perpendicular_guidance_is_perpendicular() -> None:
