@@ -469,6 +469,16 @@ def test_usf_s_corrector_raises_the_order_it_declares_by_one(corrector, more):
     assert usf.convergence == get_solver("unipc-2").convergence
 
 
+def test_usf_starts_where_its_variable_is_finite():
+    """A start two nodes back falls to one where that node is pure noise, and only there."""
+    path = get_path("linear")
+    program = compile_program(path, [1.0, 0.7, 0.4, 0.1], {"name": "usf", "order": 1, "start": 2}, "velocity")
+    states = [0, *(step[-1].out for step in program.steps)]
+    assert [[register for register, _ in step[-1].x] for step in program.steps] == [[0], [states[1]], [states[1]]]
+    program = compile_program(path, [0.9, 0.7, 0.4, 0.1], {"name": "usf", "order": 1, "start": 2}, "velocity")
+    assert [[register for register, _ in step[-1].x] for step in program.steps] == [[0], [0], [states[1]]]
+
+
 def test_usf_stencils_and_calls():
     """A first derivative from the previous node only, a second from two; "implicit" spends a second call."""
     mixed = rows({"name": "usf", "order": 3, "stencils": [[1], [1, 2]]})

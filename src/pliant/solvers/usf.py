@@ -113,8 +113,7 @@ class USF(Solver):
         # Stencils name places of the history as it was meant to be; a shorter start keeps the default ones.
         stencils = self.stencils if start == self.start else ()
         predicted, used = self._step(builder, i, form, start, self.order, stencils)
-        last = i == builder.steps - 1 or not math.isfinite(builder.span(form, builder.nodes[i + 1 - start], t))
-        if self.corrector == "none" or last:
+        if self.corrector == "none" or i == builder.steps - 1:
             builder.advance(predicted)
             return
         builder.remember(builder.evaluate(t, predicted, ahead=self.corrector == "pseudo"))
