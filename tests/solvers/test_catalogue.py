@@ -493,6 +493,8 @@ def test_usf_stencils_and_calls():
     implicit = compile_program(VP, TIMES, {"name": "usf", "corrector": "implicit"}, "epsilon")
     assert [e.step for e in implicit.evaluations] == [k for k in range(8) for _ in range(2)][:15]
     assert len({e.state for e in implicit.evaluations}) == 15
+    predictor = next(op for op in implicit.steps[1] if hasattr(op, "m"))  # looks at the corrected state's output, 2
+    assert {register for register, _ in predictor.m} == {0, 2}
     with pytest.raises(PlanError, match="derivative 2"):
         get_solver({"name": "usf", "order": 3, "stencils": [[1], [1]]})
     with pytest.raises(PlanError, match="derivatives"):

@@ -112,7 +112,7 @@ class USF(Solver):
         form = finite_form(self.form, builder.nodes[i + 1 - start], t)
         # Stencils name places of the history as it was meant to be; a shorter start keeps the default ones.
         stencils = self.stencils if start == self.start else ()
-        predicted, used = self._step(builder, i, form, start, self.order, stencils)
+        predicted, used = self._step(builder, i, form, start, stencils)
         if self.corrector == "none" or i == builder.steps - 1:
             builder.advance(predicted)
             return
@@ -120,20 +120,23 @@ class USF(Solver):
         # Every stencil grows by the new output (age 0); the new highest derivative takes all there is.
         grown = [(0, *(age + 1 for age in stencil)) for stencil in used]
         grown.append(grown[-1] if grown else (0,))
-        corrected, _ = self._step(builder, i, form, start + 1, len(used) + 2, grown)
+        corrected, _ = self._step(builder, i, form, start + 1, grown)
         builder.advance(corrected)
         if self.corrector == "implicit":
             builder.history[0] = builder.evaluate(t, ahead=True)
 
     def _step(
-        self, b: ProgramBuilder, i: int, form: str, start: int, order: int, stencils: Sequence[Sequence[int]]
+        self, b: ProgramBuilder, i: int, form: str, start: int, stencils: Sequence[Sequence[int]]
     ) -> tuple[int, list[tuple[int, ...]]]:
-        """The Taylor step from the output of age `start-1`; returns the new state and the stencils it used."""
+        """The Taylor step from the output of age `start-1`; returns the new state and the stencils it used.
+
+        stencils: none means the newest order-1 outputs for every derivative.
+        """
         age = start - 1
         place = i - age if b.history[0].node is b.nodes[i] else i + 1 - age
         s, t = b.nodes[place], b.nodes[i + 1]
         others = [k for k in range(len(b.history)) if k != age]
-        wanted = [tuple(x) for x in stencils] or [tuple(others[: order - 1])] * (order - 1)
+        wanted = [tuple(x) for x in stencils] or [tuple(others[: self.order - 1])] * (self.order - 1)
         usable = self._usable(b, form, age, i, wanted)
         ages = [age, *sorted({k for stencil in usable for k in stencil})]
         outputs: list[Held] = [b.history[k] for k in ages]
