@@ -136,7 +136,8 @@ class USF(Solver):
         place = i - age if b.history[0].node is b.nodes[i] else i + 1 - age
         s, t = b.nodes[place], b.nodes[i + 1]
         others = [k for k in range(len(b.history)) if k != age]
-        wanted = [tuple(x) for x in stencils] or [tuple(others[: self.order - 1])] * (self.order - 1)
+        newest = tuple(others[: self.order - 1])
+        wanted = [tuple(x) for x in stencils] or [newest] * len(newest)
         usable = self._usable(b, form, age, i, wanted)
         ages = [age, *sorted({k for stencil in usable for k in stencil})]
         outputs: list[Held] = [b.history[k] for k in ages]
