@@ -142,7 +142,7 @@ class USF(Solver):
         ages = [age, *sorted({k for stencil in usable for k in stencil})]
         outputs: list[Held] = [b.history[k] for k in ages]
         h = b.span(form, s, t)
-        scale = relaxation(self.scale, h, form, self.kappa) if math.isfinite(h) else 1.0
+        scale = relaxation(self.scale, h, form, self.kappa) if math.isfinite(h) else math.nan  # never read
         fit = taylor([[ages.index(k) for k in stencil] for stencil in usable], scale) if usable else "lagrange"
         return b.transfer(form, t, outputs, base=(b.trail[place], s), fit=fit), usable
 
