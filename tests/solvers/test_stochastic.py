@@ -10,6 +10,8 @@ from analytic import GAUSS1D, gaussian, noise_of, sample, start_points, times_be
 from pliant.errors import PlanError
 from pliant.paths import get_path, respaced_times, uniform_times
 from pliant.solvers import Eval, Lin, Multistep, Output, compile_program, consistency, run, sde_times
+from pliant.solvers.builder import nodes_of
+from pliant.solvers.sde import DIFFUSIONS
 
 
 def propagated_variance(program, std, code=0.0):
@@ -254,3 +256,18 @@ def test_second_order_sde_removes_the_bias():
     assert std({"name": "ddim", "eta": 1.0}, 20) == pytest.approx(std(Multistep(1, tau=1.0), 20), rel=1e-9)
     for fit in ("lagrange", "midpoint"):
         assert std(Multistep(2, fit=fit, tau=1.0), 200) == pytest.approx(0.70, abs=0.004)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.7])
+def test_sit_s_diffusions_by_their_formulas(t):
+    """At house time t on the linear path: alpha = 1-t, sigma = t; a norm other than 1 shows where it multiplies."""
+    node = nodes_of(get_path("linear"), [t])[0]
+    want = {
+        "constant": 0.7,
+        "sbdm": 0.7 * t / (1 - t),
+        "sigma": 0.7 * t,
+        "linear": 0.7 * t,
+        "decreasing": 0.25 * (0.7 * math.cos(math.pi * (1 - t)) + 1) ** 2,
+        "increasing-decreasing": 0.7 * math.sin(math.pi * t) ** 2,
+    }
+    assert {name: rule(node, 0.7) for name, rule in DIFFUSIONS.items()} == pytest.approx(want, rel=1e-12)

@@ -87,7 +87,7 @@ def dpm_adaptive(
         else:
             rejected += 1
         error = max(error, 1e-12)  # a step of zero error may grow, but not without bound
-        h = min(safety * min(h, left) * error ** (-1.0 / order), abs(last.log_snr - s.log_snr))
+        h = safety * min(h, left) * error ** (-1.0 / order)
     attempts = len(times) - 1 + rejected
     return Recorded(x, tuple(times), (solver,) * (len(times) - 1), rejected, attempts * order)
 

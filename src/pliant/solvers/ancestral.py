@@ -89,5 +89,8 @@ class FullNoise(Solver):
 
     def emit(self, builder: ProgramBuilder, i: int) -> None:
         s, t = builder.nodes[i], builder.nodes[i + 1]
-        depth = math.inf if t.sigma > 0.0 else 0.0
-        builder.advance(builder.transfer("sample", t, [builder.output(i)], base=(builder.state, s), depth=depth))
+        outputs, base = [builder.output(i)], (builder.state, s)
+        if t.sigma > 0.0:
+            builder.advance(builder.transfer("sample", t, outputs, base=base, depth=math.inf))
+        else:  # no noise is left to be fresh
+            builder.advance(builder.transfer("sample", t, outputs, base=base))
