@@ -92,7 +92,7 @@ class Bench:
 
     def routers(self, penalty: float) -> Made:
         if self.learned:
-            return self.cached("l2c", calibrate=True, penalty=penalty, iterations=60, lr=0.2)
+            return self.cached("l2c", calibrate=True, penalty=penalty, iterations=30, lr=0.3)
         depth = self.model.network_for(Compute()).config.depth
         sites = format_sites("RRCC" * (depth // 2) + "RR" * (depth % 2))
         return self.cached("l2c", routers={str(i): sites for i in range(1, self.steps, 2)})
