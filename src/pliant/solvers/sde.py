@@ -39,7 +39,7 @@ DIFFUSIONS: dict[str, Callable[[Node, float], float]] = {
     "sbdm": _sbdm,
     "sigma": lambda n, norm: norm * n.sigma,
     "linear": lambda n, norm: norm * n.t,
-    "decreasing": lambda n, norm: 0.25 * (norm * math.cos(math.pi * (1.0 - n.t)) + 1.0) ** 2,
+    "decreasing": lambda n, norm: 0.25 * (1.0 - norm * math.cos(math.pi * n.t)) ** 2,
     "increasing-decreasing": lambda n, norm: norm * math.sin(math.pi * n.t) ** 2,
 }
 LAST_STEPS = ("mean", "tweedie", "euler")
