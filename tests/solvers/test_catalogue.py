@@ -808,6 +808,7 @@ def test_ode_adaptive(method, direction):
     calls = []
 
     def evaluate(x, ev):
+        assert (ev.out, ev.state, ev.step) == (len(calls), 0, 0)
         calls.append(ev.node.t)
         return Output(GMM2D.predict("velocity", x, ev.node))
 
