@@ -801,7 +801,8 @@ def test_adaptive_drivers_refuse():
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 @pytest.mark.parametrize("direction", [1, -1])
-def test_ode_adaptive(method, direction):
+@pytest.mark.parametrize("stored", ["velocity", "epsilon"])
+def test_ode_adaptive(method, direction, stored):
     pytest.importorskip("torchdiffeq")
     path = get_path("linear")
     start, end = (0.98, 0.02)[::direction]
@@ -810,15 +811,15 @@ def test_ode_adaptive(method, direction):
     def evaluate(x, ev):
         assert (ev.out, ev.state, ev.step) == (len(calls), 0, 0)
         calls.append(ev.node.t)
-        return Output(GMM2D.predict("velocity", x, ev.node))
+        return Output(GMM2D.predict(stored, x, ev.node))
 
     errors = []
     for tolerance in (1e-4, 1e-7):
         calls.clear()
         found = ode_adaptive(
-            path, START, evaluate, "velocity", start, end, method=method, rtol=tolerance, atol=tolerance
+            path, START, evaluate, stored, start, end, method=method, rtol=tolerance, atol=tolerance
         )
-        program = compile_program(path, found.times, found.solvers, "velocity")
+        program = compile_program(path, found.times, found.solvers, stored)
         assert (program.start.t, program.end.t) == (start, end)
         torch.testing.assert_close(sample(program, GMM2D, START), found.x, rtol=1e-6, atol=1e-8)
         errors.append(float((found.x - exact_flow(GMM2D, START, program.start, program.end)).abs().max()))
