@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -141,6 +142,25 @@ def hooked(net: Any, request: Request, apply: Callable[[Any], None]) -> Run:
     return run
 
 
+def usual_change(net: Any, request: Request, blocks: int, factor: float) -> float:
+    """A threshold that matters for these weights: so many times the median change, per step, of what the first blocks
+    add to the tokens.
+    """
+    from pliant.integrations import sites_of
+
+    sites, kept, changes = sites_of(net), [], []
+
+    def network(x: Tensor, **inputs: Any) -> Any:
+        state, context = sites.begin(x, {**inputs, "cross_attention_kwargs": None})
+        kept.append(sites.run(0, sites.starts[blocks], state, context)[0] - state[0])
+        return net(x, **inputs)
+
+    request(network)
+    for before, now in pairwise(kept):
+        changes.append(float((now - before).abs().mean() / before.abs().mean()))
+    return min(0.95, round(factor * statistics.median(changes), 4))
+
+
 def pairs(net: Any, request: Request, steps: int) -> dict[str, tuple[str, dict[str, Any], Run]]:
     """By name: our preset and its options, and the peer's request."""
     from diffusers import hooks
@@ -157,7 +177,8 @@ def pairs(net: Any, request: Request, steps: int) -> dict[str, tuple[str, dict[s
     )  # fmt: skip
     mag = hooks.MagCacheConfig(threshold=0.06, max_skip_steps=3, num_inference_steps=steps, mag_ratios=ratios)
     found: dict[str, tuple[str, dict[str, Any], Run]] = {}
-    for threshold in (0.05, 0.1, 0.2):
+    for factor in (1.0, 2.0, 4.0):
+        threshold = usual_change(net, request, 1, factor)
         config = hooks.FirstBlockCacheConfig(threshold=threshold)
         run = hooked(net, request, lambda n, c=config: hooks.apply_first_block_cache(n, c))
         found[f"diffusers FirstBlockCache {threshold:g}"] = ("fbc", {"threshold": threshold}, run)
@@ -181,10 +202,14 @@ def pairs(net: Any, request: Request, steps: int) -> dict[str, tuple[str, dict[s
 
 def cache_dit_pairs(net: Any, request: Request, steps: int) -> dict[str, tuple[str, dict[str, Any], Run]]:
     """The same of cache-dit's DBCache. Raises ImportError where it is not installed."""
+    import logging
+
     import cache_dit
 
+    logging.getLogger("CACHE_DIT").setLevel(logging.WARNING)
     found: dict[str, tuple[str, dict[str, Any], Run]] = {}
-    for threshold, front, back in ((0.1, 1, 0), (0.1, 4, 0), (0.2, 2, 2)):
+    for factor, front, back in ((2.0, 1, 0), (2.0, 4, 0), (4.0, 2, 2)):
+        threshold = usual_change(net, request, front, factor)
         own = copy.deepcopy(net)
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=front, Bn_compute_blocks=back, residual_diff_threshold=threshold, max_warmup_steps=3,
