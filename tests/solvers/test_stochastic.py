@@ -271,3 +271,10 @@ def test_sit_s_diffusions_by_their_formulas(t):
         "increasing-decreasing": 0.7 * math.sin(math.pi * t) ** 2,
     }
     assert {name: rule(node, 0.7) for name, rule in DIFFUSIONS.items()} == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.7])
+def test_the_sbdm_diffusion_where_sigma_bends(t):
+    """alpha = cos, sigma = sin of pi t/2: `sigma sigma' - (alpha'/alpha) sigma^2 = pi/2 tan(pi t/2)`."""
+    node = nodes_of(get_path("gvp"), [t])[0]
+    assert DIFFUSIONS["sbdm"](node, 0.7) == pytest.approx(0.7 * math.pi / 2 * math.tan(math.pi * t / 2), rel=1e-9)
