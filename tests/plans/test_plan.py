@@ -198,3 +198,15 @@ def test_describe_totals(make) -> None:
 
 def test_step_defaults_read_back() -> None:
     assert Step.from_dict({"t": 0.5, "solver": "ddim"}) == Step(0.5, get_solver("ddim"))
+
+
+def test_budget_asks_the_same_of_every_plan(make: Make) -> None:
+    model = make()
+    full = Plan.uniform(model, 10)
+    half = Plan.uniform(model, 5)
+    share, flops = parse_budget("50%"), parse_budget(f"{full.cost(model).flops // 2} FLOP")
+    for budget in (share, flops):
+        assert budget.spent(half, model) == half.cost(model).flops
+        assert budget.limit(full, model) == pytest.approx((0.5 + 5e-4) * full.cost(model).flops)
+        assert budget.fits(half, full, model) and not budget.fits(Plan.uniform(model, 6), full, model)
+    assert share.describe(share.spent(half, model), full, model).startswith("50.0% of full compute")

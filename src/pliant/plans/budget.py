@@ -1,13 +1,25 @@
-"""Budgets as people write them: a fraction of full compute, or FLOPs per image."""
+"""Budgets as people write them: a fraction of full compute, or FLOPs per image.
+
+Every planner asks the same two questions of a budget: how much may be spent (`limit`), and what a plan spends
+(`spent`), both in the budget's own unit.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 
+if TYPE_CHECKING:
+    from pliant.plans.plan import Plan
+
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
+
+SLACK = 5e-4
+"""Budgets are met to half a tenth of a percent of full compute: a rounded "69.7 %" means what it was rounded from."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +31,22 @@ class Budget:
     flops: float | None = None
     """Per image, guidance included."""
 
-    def limit(self, full_flops: int) -> float:
-        """The most FLOPs this budget allows when full compute costs `full_flops`."""
-        return self.flops if self.flops is not None else (self.share or 1.0) * full_flops
+    def spent(self, plan: Plan, model: Denoiser) -> float:
+        """What a plan spends of this budget: FLOPs per image (at most, where gates decide)."""
+        return plan.cost(model).flops
+
+    def limit(self, full: Plan, model: Denoiser) -> float:
+        """The most that may be spent, in the unit of `spent`; full: the plan that counts as full compute."""
+        whole = self.spent(full, model)
+        return (self.flops if self.flops is not None else (self.share or 1.0) * whole) + SLACK * whole
+
+    def fits(self, plan: Plan, full: Plan, model: Denoiser) -> bool:
+        """Whether a plan keeps to this budget."""
+        return self.spent(plan, model) <= self.limit(full, model)
+
+    def describe(self, amount: float, full: Plan, model: Denoiser) -> str:
+        """An amount spent, for messages: `61.0% of full compute (1.2 GFLOP per image)`."""
+        return f"{amount / self.spent(full, model):.1%} of full compute ({amount / 1e9:.3g} GFLOP per image)"
 
 
 def parse_budget(value: float | str | Budget) -> Budget:

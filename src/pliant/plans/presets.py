@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import replace
 from typing import Any
 
 from pliant.compute import Compute
@@ -9,12 +11,8 @@ from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.guidance import Guidance, weak_scale
 from pliant.plans.budget import Budget, parse_budget
-from pliant.plans.cost import call_flops, evaluations_per_step
 from pliant.plans.plan import Plan, Step, Times, how_timed, made_for, make_times
 from pliant.solvers import SolverLike, get_solver
-
-BUDGET_SLACK = 5e-4
-"""Budgets are met to half a tenth of a percent of full compute: a rounded "69.7 %" means what it was rounded from."""
 
 
 def as_guidance(guidance: float | Guidance | None) -> Guidance | None:
@@ -83,12 +81,13 @@ def weak_to_powerful(
     if between and scale is None:
         raise PlanError("weak guidance steps need a guidance scale, e.g. guidance=1.5")
 
+    cfg = Guidance.cfg(scale, channels=guided_channels) if scale else None
+
     def rows(count: int) -> tuple[Step, ...]:
-        full = Guidance.cfg(scale, channels=guided_channels) if scale else None
-        first = [Step(0.0, chosen, weak, full)] * count
+        first = [Step(0.0, chosen, weak, cfg)] * count
         mixed = Guidance.weak_model(weak_scale(scale), weak, guided_channels) if scale else None
         middle = [Step(0.0, chosen, powerful, mixed)] * min(between, steps - count)
-        last = [Step(0.0, chosen, powerful, full)] * (steps - count - len(middle))
+        last = [Step(0.0, chosen, powerful, cfg)] * (steps - count - len(middle))
         ordered = [*middle, *last, *first] if weak_last else [*first, *middle, *last]
         return tuple(Step(t, s.solver, s.compute, s.guidance) for t, s in zip(grid[:-1], ordered, strict=True))
 
@@ -100,23 +99,18 @@ def weak_to_powerful(
         return Plan(rows(count), model.path, grid[-1], made_for(model), reset_history_on_switch, provenance)
 
     if weak_steps is None:
-        # Evaluations depend on the solver and the grid only, so one compilation prices every split.
-        counts = evaluations_per_step(plan(0), model)
-
-        def cost(count: int) -> int:
-            return sum(n * call_flops(model, s.compute, s.guidance) for n, s in zip(counts, rows(count), strict=True))
-
-        full_flops = sum(counts) * call_flops(model, powerful, Guidance.cfg(scale) if scale else None)
-        limit = parse_budget(budget).limit(full_flops) + BUDGET_SLACK * full_flops  # type: ignore[arg-type]
+        wanted, full = parse_budget(budget), plan(0)  # type: ignore[arg-type]
+        full = full if scale is None else full.with_steps(replace(s, guidance=cfg) for s in full.steps)
+        limit = wanted.limit(full, model)
         # Cost falls with every weak step, so the first split that fits spends the most it may.
-        weak_steps = next((k for k in range(steps + 1) if cost(k) <= limit), None)
-        if weak_steps is None:
-            least = cost(steps)
+        split = bisect_left(range(steps + 1), True, key=lambda count: wanted.spent(plan(count), model) <= limit)
+        if split > steps:
+            least = wanted.describe(wanted.spent(plan(steps), model), full, model)
             raise PlanError(
-                f"a budget of {budget} is below the cheapest schedule: all {steps} steps weak cost "
-                f"{least / full_flops:.1%} of full compute ({least / 1e9:.3g} GFLOP per image). "
+                f"a budget of {budget} is below the cheapest schedule: all {steps} steps weak cost {least}. "
                 f"Raise the budget, take fewer steps, or add a larger patch size"
             )
+        weak_steps = split
     elif not 0 <= weak_steps <= steps:
         raise PlanError(f"weak_steps must lie between 0 and {steps}, got {weak_steps}")
     made = plan(weak_steps)
