@@ -200,7 +200,7 @@ def test_step_defaults_read_back() -> None:
     assert Step.from_dict({"t": 0.5, "solver": "ddim"}) == Step(0.5, get_solver("ddim"))
 
 
-def test_budget_asks_the_same_of_every_plan(make: Make) -> None:
+def test_budget_asks_the_same_of_every_plan(make) -> None:
     model = make()
     full = Plan.uniform(model, 10)
     half = Plan.uniform(model, 5)
