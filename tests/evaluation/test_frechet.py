@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pliant.errors import ConfigError, DataError, FormatError, ShapeError
 from pliant.evaluation import (
     FeatureStatistics,
-    bootstrap_interval,
     frechet_distance,
     frechet_distance_unbiased,
 )
@@ -150,15 +149,6 @@ def test_extrapolation_refuses_too_few_samples() -> None:
         frechet_distance_unbiased(drawn(100, 16, 0), reference, points=1)
     with pytest.raises(ShapeError, match="one group per feature"):
         frechet_distance_unbiased(drawn(100, 16, 0), reference, torch.zeros(99))
-
-
-def test_bootstrap_error_of_a_mean_is_the_known_one() -> None:
-    x = drawn(400, 1, 5)
-    interval = bootstrap_interval(x, lambda f: float(f.mean()), repeats=300)
-    assert interval.standard_error == pytest.approx(1 / 20, rel=0.2)
-    assert interval.high - interval.value == pytest.approx(1.96 * interval.standard_error, rel=1e-3)
-    assert interval.low < 0 < interval.high
-    assert interval == bootstrap_interval(x, lambda f: float(f.mean()), repeats=300)
 
 
 def test_saved_statistics_come_back_exactly(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
     from pliant.evaluation import Interval, Measure, Reference
 
-FEWEST_BLOCKS = 20
 
 
 def interval(distance: Measure, features: list[Tensor], reference: Reference, classes: int) -> dict[str, Any] | None:
@@ -29,20 +28,13 @@ def interval(distance: Measure, features: list[Tensor], reference: Reference, cl
 
 
 def bootstrap(features: Tensor, reference: Reference, classes: int) -> Interval:
-    """Spread of the distance of `features` (N, D), whose classes come in turn: 0, 1, ..., classes - 1, 0, ...
+    """95 % interval of the distance of `features` (N, D), whose classes come in turn: 0, 1, ..., classes - 1, 0, ..."""
+    import torch
 
-    Blocks of one image per class are resampled where there are enough of them. Single images would also resample how
-    many there are of each class, which is fixed: on digits that spread is 2 to 6 times the one between seeds.
-    """
-    from pliant.evaluation import FeatureStatistics, bootstrap_interval, frechet_distance
+    from pliant.evaluation import bootstrap_interval
 
-    def distance(rows: Tensor) -> float:
-        return frechet_distance(FeatureStatistics.of(rows.flatten(0, -2)), reference.statistics)
-
-    whole = len(features) // classes * classes
-    if whole // classes < FEWEST_BLOCKS:
-        return bootstrap_interval(features, distance)
-    return bootstrap_interval(features[:whole].view(-1, classes, features.shape[1]), distance)
+    groups = torch.arange(len(features)) % classes if len(features) > classes else None
+    return bootstrap_interval(features, reference.statistics, level=0.95, groups=groups)
 
 
 def student(freedom: int) -> float:

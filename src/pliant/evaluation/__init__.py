@@ -2,6 +2,7 @@
 recipes.
 """
 
+from pliant.evaluation.bootstrap import Interval, bootstrap_interval, resampled_distances
 from pliant.evaluation.evaluate import (
     EvaluationReport,
     Measure,
@@ -21,8 +22,6 @@ from pliant.evaluation.features import (
 )
 from pliant.evaluation.frechet import (
     Extrapolation,
-    Interval,
-    bootstrap_interval,
     frechet_distance,
     frechet_distance_unbiased,
 )
@@ -74,6 +73,7 @@ __all__ = [
     "precision_recall",
     "read_npz",
     "reference_of",
+    "resampled_distances",
     "to_uint8",
     "write_npz",
     "write_npz_statistics",

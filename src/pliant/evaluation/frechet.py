@@ -1,4 +1,4 @@
-"""Fréchet distance between Gaussians fitted to features, its infinite-sample extrapolation and its spread.
+"""Fréchet distance between Gaussians fitted to features, and its infinite-sample extrapolation.
 
 With Inception pool3 features this is the FID (Heusel et al. 2017, arXiv 1706.08500, eq. 6); with any other
 features it is only called a Fréchet distance. All arithmetic is float64.
@@ -7,7 +7,6 @@ features it is only called a Fréchet distance. All arithmetic is float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,38 +103,3 @@ def frechet_distance_unbiased(
     y = torch.tensor(distances, dtype=torch.float64)
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     return Extrapolation(float(y.mean() - slope * x.mean()), float(slope), sizes, tuple(distances))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its standard error and a symmetric normal interval."""
-
-    value: float
-    standard_error: float
-    low: float
-    high: float
-
-
-def bootstrap_interval(
-    features: Tensor,
-    statistic: Callable[[Tensor], float],
-    repeats: int = 100,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Spread of `statistic(features)` due to which samples were drawn; rows are resampled with replacement.
-
-    Resampling biases a Fréchet distance upwards once more, so percentiles of the resampled values would sit
-    beside the estimate; their standard deviation is sound, and the interval is value +- z * deviation. Raises
-    ConfigError for fewer than 2 repeats or a level outside (0, 1), DataError without features.
-    """
-    if repeats < 2 or not 0 < level < 1:
-        raise ConfigError(f"expected repeats >= 2 and 0 < level < 1, got {repeats} and {level}")
-    if len(features) < 2:
-        raise DataError("resampling needs at least two features; draw more samples")
-    generator = torch.Generator().manual_seed(seed)
-    n = len(features)
-    draws = [statistic(features[torch.randint(n, (n,), generator=generator)]) for _ in range(repeats)]
-    value, error = statistic(features), float(torch.tensor(draws, dtype=torch.float64).std())
-    reach = error * float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
-    return Interval(value, error, value - reach, value + reach)
