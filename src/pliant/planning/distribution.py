@@ -1,0 +1,109 @@
+"""The objective that decides: the Fréchet distance of few samples to real images, with its bootstrap interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pliant.denoiser import Denoiser
+from pliant.evaluation import (
+    FeatureExtractor,
+    FeatureStatistics,
+    Reference,
+    distance_name,
+    extract,
+    frechet_distance,
+    to_uint8,
+)
+from pliant.evaluation.bootstrap import bootstrap_interval, normal_interval, resampled_distances
+from pliant.planning.objective import LEVEL, Remembered, Score
+from pliant.planning.teacher import labels_of
+from pliant.plans import Plan, sample
+
+FRESH = 1_000_000
+"""Where the seeds of confirmations begin: no planner draws there."""
+
+
+class FrechetObjective(Remembered):
+    """Fréchet distance of `num` images per plan to a reference, in an extractor's features.
+
+    Image k has seed first_seed + k and the class of that seed, for every plan: differences between plans are much
+    smaller than intervals suggest, see `difference`. Features are kept per plan, so that resampling costs milliseconds.
+    The value is biased upwards by the finite number, equally for all plans: compare at one `num` only.
+    decode: latents (B, C, H, W) -> images, for latent models.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        reference: Reference,
+        extractor: FeatureExtractor,
+        num: int = 500,
+        first_seed: int = 0,
+        batch: int = 256,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.reference, self.extractor = model, reference, extractor
+        self.num, self.first_seed, self.batch, self.decode = num, first_seed, batch, decode
+        self.seeds: Sequence[int] = range(first_seed, first_seed + num)
+        self.labels = labels_of(model, self.seeds)
+        self._features: dict[str, Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        return distance_name(self.extractor)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "objective": "frechet",
+            "extractor": self.extractor.name,
+            "extractor_sha256": self.extractor.fingerprint,
+            "reference": self.reference.name,
+            "reference_sha256": self.reference.statistics.provenance.get("reference_sha256", "unknown"),
+            "images": self.num,
+            "seeds": f"{self.first_seed}..{self.first_seed + self.num - 1}",
+            "classes": "balanced",
+        }
+
+    def on_fresh_seeds(self, num: int | None = None, repeat: int = 0) -> FrechetObjective:
+        """The same measure on images that no planner has seen; each `repeat` has seeds of its own."""
+        num = num or self.num
+        first = FRESH + repeat * num
+        return FrechetObjective(self.model, self.reference, self.extractor, num, first, self.batch, self.decode)
+
+    def features(self, plan: Plan) -> Tensor:
+        """(num, D) features of the plan's images, sampled when first needed."""
+        key = plan.digest()
+        if key not in self._features:
+            parts = []
+            for start in range(0, self.num, self.batch):
+                seeds = self.seeds[start : start + self.batch]
+                images = sample(self.model, plan, self.labels[start : start + self.batch], seeds, self.batch)
+                images = images if self.decode is None else self.decode(images)
+                parts.append(extract(self.extractor, [to_uint8(images.float().cpu())]))
+            self._features[key] = torch.cat(parts)
+        return self._features[key]
+
+    def measure(self, plan: Plan) -> Score:
+        found = bootstrap_interval(self.features(plan), self.reference.statistics, LEVEL, groups=self.labels)
+        return Score(found.value, max(0.0, found.low), found.high, self.num)
+
+    def difference(self, plan: Plan, other: Plan) -> Score:
+        """How much worse `plan` is than `other`; both are resampled alike, so what they share cancels.
+
+        The 90 % interval excludes 0 where the difference is significant. Value and ends may be negative.
+        """
+        pair = [self.features(p) for p in (plan, other)]
+        statistics = self.reference.statistics
+        value, draws = [], []
+        for features in pair:
+            value.append(frechet_distance(FeatureStatistics.of(features, statistics.provenance), statistics))
+            draws.append(resampled_distances(features, statistics, groups=self.labels))
+        groups = len(self.labels.unique())
+        spread = float((draws[0] - draws[1]).std()) * (self.num / (self.num - groups)) ** 0.5
+        found = normal_interval(value[0] - value[1], spread, LEVEL)
+        return Score(found.value, found.low, found.high, self.num)

@@ -1,0 +1,100 @@
+"""Cheap objectives: how far a plan's images, or its single steps, are from a converged teacher's.
+
+They need few samples because both start from the same noise. What they cannot see: another image that is just as good.
+The error to the all-powerful sample ranks weak-first and weak-last schedules wrongly (`pliant.planning.objective`), so
+use them to choose times and coefficients at one compute, and a distributional objective between computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pliant.denoiser import Denoiser
+from pliant.planning.objective import Remembered, Score, mean_square_score
+from pliant.planning.teacher import TeacherSettings, Trajectories, labels_of, teacher_trajectories
+from pliant.plans import Plan, Sampler, sample
+from pliant.solvers import nodes_of
+
+
+class SampleError(Remembered):
+    """Root mean square distance of the final images to a converged teacher's from the same noises.
+
+    Also for plans with caches, stochastic solvers and anything else that samples.
+    """
+
+    def __init__(
+        self, model: Denoiser, teacher: TeacherSettings | None = None, seeds: Sequence[int] = range(64)
+    ) -> None:
+        super().__init__()
+        self.model, self.teacher, self.seeds = model, teacher or TeacherSettings(), list(seeds)
+        self._labels = labels_of(model, self.seeds)
+        self._targets: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return "error to the teacher's samples"
+
+    def describe(self) -> dict[str, Any]:
+        return {"objective": "sample-error", "teacher": self.teacher.to_dict(), "seeds": _span(self.seeds)}
+
+    @property
+    def targets(self) -> Tensor:
+        """The teacher's images (N, C, H, W), sampled when first needed."""
+        if self._targets is None:
+            self._targets = sample(self.model, self.teacher.plan(self.model), self._labels, self.seeds, 256)
+        return self._targets
+
+    def measure(self, plan: Plan) -> Score:
+        found = sample(self.model, plan, self._labels, self.seeds, 256)
+        return mean_square_score((found - self.targets).double().square().flatten(1).mean(1))
+
+
+class TrajectoryError(Remembered):
+    """One-step errors from the teacher's states: the root of their summed mean squares; `parts` has one per step.
+
+    Every step starts where the teacher is at that time (multistep solvers see outputs at the teacher's states), so the
+    parts say which step is bad. Errors that an earlier step makes do not travel: the sum is not the error of the image.
+    """
+
+    def __init__(
+        self, model: Denoiser, teacher: TeacherSettings | None = None, seeds: Sequence[int] = range(64)
+    ) -> None:
+        super().__init__()
+        self.model, self.teacher, self.seeds = model, teacher or TeacherSettings(), list(seeds)
+        self._labels = labels_of(model, self.seeds)
+        self._trajectories: Trajectories | None = None
+
+    @property
+    def name(self) -> str:
+        return "one-step error to the teacher"
+
+    def describe(self) -> dict[str, Any]:
+        return {"objective": "trajectory-error", "teacher": self.teacher.to_dict(), "seeds": _span(self.seeds)}
+
+    @property
+    def trajectories(self) -> Trajectories:
+        if self._trajectories is None:
+            self._trajectories = teacher_trajectories(self.model, self.teacher.plan(self.model), self.seeds)
+        return self._trajectories
+
+    def measure(self, plan: Plan) -> Score:
+        nodes = nodes_of(plan.path, plan.times)
+        states = [self.trajectories.at(node) for node in nodes]
+        squares = torch.zeros(len(self.seeds), dtype=torch.float64)
+        parts = []
+        for result in Sampler(self.model, plan).steps(self._labels, self.seeds, states[0].clone()):
+            target = states[result.index + 1]
+            error = (result.x - target).double().square().flatten(1).mean(1)
+            squares += error
+            parts.append(float(error.mean()) ** 0.5)
+            with torch.no_grad():
+                result.x.copy_(target)  # the interpreter's own register: the next step starts from the teacher's state
+        return mean_square_score(squares, tuple(parts))
+
+
+def _span(seeds: Sequence[int]) -> str:
+    return f"{seeds[0]}..{seeds[-1]} ({len(seeds)})"

@@ -1,0 +1,165 @@
+"""What every planner returns: a plan, what it costs, how good it is and by which measure, and what else was tried."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+from pliant.denoiser import Denoiser
+from pliant.errors import PlanError
+from pliant.files import write_json
+from pliant.planning.objective import Objective, Score
+from pliant.plans import Plan, PlanCost
+
+FORMAT, VERSION = "pliant-plan-result", 1
+
+Progress = Callable[[int, int, str], None]
+"""(done, total, incumbent): called as a planner works; the text says what is best so far."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was tried. score: None where the planner needed no measurement."""
+
+    plan: Plan
+    cost: PlanCost
+    score: Score | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "plan": self.plan.to_dict(),
+            "cost": asdict(self.cost),
+            "score": None if self.score is None else self.score.to_dict(),
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Candidate:
+        cost = {**data["cost"], "step_flops": tuple(data["cost"]["step_flops"])}
+        score = data.get("score")
+        return Candidate(Plan.from_dict(data["plan"]), PlanCost(**cost), None if score is None else Score.from_dict(score))
+
+
+def frontier(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """The measured candidates that no other beats in FLOPs and score at once, cheapest first; equal ones count once."""
+    measured = [(c.cost.flops, c.score.value, c) for c in candidates if c.score is not None]
+    kept: list[Candidate] = []
+    best = float("inf")
+    for _, value, candidate in sorted(measured, key=lambda row: row[:2]):
+        if value < best:
+            kept.append(candidate)
+            best = value
+    return tuple(kept)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """The outcome of a planner. `plan.provenance["planner"]` says the same in short, in the plan's own file."""
+
+    plan: Plan
+    cost: PlanCost
+    quality: Score | None
+    """Of `plan`, by `objective`; None for closed forms that measured nothing."""
+    objective: str
+    """Name of the measure, "none" for closed forms."""
+    planner: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    """JSON-ready: budget, seeds, the objective's description, and everything else needed to repeat the search."""
+    evaluations: int = 0
+    """Plans measured, or what the planner says it counted."""
+    seconds: float = 0.0
+    frontier: tuple[Candidate, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "planner": self.planner,
+            "objective": self.objective,
+            **Candidate(self.plan, self.cost, self.quality).to_dict(),
+            "settings": self.settings,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+            "frontier": [c.to_dict() for c in self.frontier],
+        }
+
+    @staticmethod
+    def from_dict(data: Any) -> PlanResult:
+        """Inverse of `to_dict`. Raises PlanError for anything else."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+            raise PlanError(f'this is not a planning result: expected a JSON object with "format": "{FORMAT}", version 1')
+        try:
+            chosen = Candidate.from_dict(data)
+            return PlanResult(
+                chosen.plan,
+                chosen.cost,
+                chosen.score,
+                str(data["objective"]),
+                str(data["planner"]),
+                dict(data["settings"]),
+                int(data["evaluations"]),
+                float(data["seconds"]),
+                tuple(Candidate.from_dict(c) for c in data["frontier"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"this planning result is damaged: {error}; run the planner again") from None
+
+    def save(self, file: str | FilePath) -> None:
+        """Write the result as JSON, atomically."""
+        write_json(file, self.to_dict())
+
+    @staticmethod
+    def load(file: str | FilePath) -> PlanResult:
+        """Raises PlanError for a missing, unreadable or foreign file."""
+        try:
+            return PlanResult.from_dict(json.loads(FilePath(file).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PlanError(f"planning result {file} is not readable JSON ({error})") from None
+
+    def describe(self, model: Denoiser) -> str:
+        """The plan's table of steps, headed by how it was found and what it is worth."""
+        worth = "not measured" if self.quality is None else f"{self.objective}: {self.quality}"
+        effort = f"{self.evaluations} evaluations in {self.seconds:.1f} s"
+        return f"{self.planner}: {worth} ({effort})\n{self.plan.describe(model)}"
+
+
+def planned(plan: Plan, planner: str, objective: str, score: Score | None) -> Plan:
+    """The plan with how it was found in its provenance."""
+    found: dict[str, Any] = {"planner": planner, "objective": objective}
+    if score is not None:
+        found["score"] = [score.value, score.low, score.high]
+    return replace(plan, provenance={**plan.provenance, **found})
+
+
+def confirm(
+    results: Sequence[PlanResult], model: Denoiser, objective: Objective, progress: Progress | None = None
+) -> PlanResult:
+    """The best of `results` by a distributional objective on seeds that no planner has seen; the caller makes it so.
+
+    Of plans whose scores are equal the cheaper wins. Returns that result with its confirmed quality; its settings keep
+    what the planner itself believed, and the scores of all finalists.
+    """
+    if not results:
+        raise PlanError("there is nothing to confirm: give at least one result")
+    scored = []
+    for i, result in enumerate(results):
+        scored.append((objective(result.plan), result))
+        if progress is not None:
+            progress(i + 1, len(results), f"{result.planner} {scored[-1][0]}")
+    score, best = min(scored, key=lambda row: (row[0].value, row[1].cost.flops))
+    believed = {"objective": best.objective, "quality": None if best.quality is None else best.quality.to_dict()}
+    finalists = [
+        {"planner": r.planner, "plan": r.plan.digest(), "flops": r.cost.flops, "score": s.to_dict()} for s, r in scored
+    ]
+    settings = {**best.settings, "believed": believed, "confirmed_by": objective.describe(), "finalists": finalists}
+    return replace(
+        best,
+        plan=planned(best.plan, best.planner, objective.name, score),
+        cost=best.plan.cost(model),
+        quality=score,
+        objective=objective.name,
+        settings=settings,
+        evaluations=best.evaluations + len(results),
+    )

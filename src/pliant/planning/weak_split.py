@@ -1,0 +1,87 @@
+"""Weak steps first, powerful steps last: FlexiDiT's split in closed form (arXiv 2502.20126; sheet A, 1.7 and 1.8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pliant.denoiser import Denoiser
+from pliant.errors import PlanError
+from pliant.planning.objective import Objective
+from pliant.planning.result import PlanResult, Progress
+from pliant.planning.task import Task
+from pliant.plans import Budget, Plan, weak_to_powerful
+from pliant.solvers import SolverLike
+
+WEAK_SHARE = 0.5
+"""Without an objective: the share of weak steps nearest to which the number of steps is chosen."""
+
+
+def weak_split(
+    model: Denoiser,
+    budget: float | str | Budget,
+    *,
+    objective: Objective | None = None,
+    steps: int = 50,
+    guidance: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    solver: SolverLike = "dpmpp-2m",
+    counts: Sequence[int] | None = None,
+) -> PlanResult:
+    """The fewest weak steps that meet the budget, for every number of steps in `counts`.
+
+    counts: default: up to eight numbers between where no step need be weak and where all must be, at most `steps`. With
+    guidance every split is tried with powerful steps guided by the unconditional call, and with half and all of them
+    guided by the weak call (cheaper, so fewer weak steps). With an objective the best is taken; without one, plain
+    guidance and the number of steps whose weak share is nearest to one half: nothing is sampled.
+    """
+    task = Task.begin("weak-split", model, budget, objective, steps, guidance, seed, progress, solver=str(solver))
+    if counts is None:
+        counts = _counts(task, solver)
+    plans = []
+    for count in counts:
+        for between in sorted({0, count // 2, count} if guidance not in (None, 1.0) and objective else {0}):
+            plan = split(task, count, between, solver)
+            if plan is not None:
+                plans.append(plan)
+    if not plans:
+        raise task.too_small(weak_to_powerful(model, min(counts), weak_steps=min(counts), solver=solver, guidance=guidance))
+    if objective is None:
+        plans.sort(key=lambda p: -abs(p.provenance["weak_steps"] / len(p.steps) - WEAK_SHARE))
+        plans = plans[-1:]
+    task.consider_all(plans)
+    return task.finish(counts=list(counts))
+
+
+def split(task: Task, count: int, between: int, solver: SolverLike) -> Plan | None:
+    """The plan of `count` steps with the fewest weak ones within the task's limit; None if there is none.
+
+    between: how many of the powerful steps, the earliest, are guided by the weak call.
+    """
+    limit = task.limit
+    for weak in range(count + 1):
+        plan = weak_to_powerful(
+            task.model, count, weak_steps=weak, weak_guidance_steps=between, solver=solver, guidance=task.guidance
+        )
+        if task.budget.spent(plan, task.model) <= limit:
+            return plan
+    return None
+
+
+def _counts(task: Task, solver: SolverLike) -> list[int]:
+    """Up to eight numbers of steps, evenly spaced, from all powerful to all weak."""
+    limit = task.limit
+
+    def cost(count: int) -> float:
+        plan = weak_to_powerful(task.model, count, weak_steps=count, solver=solver, guidance=task.guidance)
+        return task.budget.spent(plan, task.model)
+
+    try:
+        low = task.most_steps(solver)
+    except PlanError:
+        low = 1
+    high = low
+    while high < task.steps and cost(high + 1) <= limit:
+        high += 1
+    span = high - low
+    return sorted({low + round(span * k / 7) for k in range(8)})
