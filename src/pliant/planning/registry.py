@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TypeAlias
 
-from pliant.denoiser import Denoiser
 from pliant.errors import PlanError, suggest
-from pliant.planning.objective import Objective
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.result import PlanResult
 from pliant.planning.weak_split import weak_split
-from pliant.plans import Budget
 
+Planner: TypeAlias = Callable[..., PlanResult]
+"""`planner(model, budget, *, objective=None, steps=50, guidance=None, seed=0, progress=None, **options)`.
 
-class Planner(Protocol):
-    """A budget to a plan. Options beyond these are the planner's own; all have defaults."""
-
-    def __call__(
-        self,
-        model: Denoiser,
-        budget: float | str | Budget,
-        *,
-        objective: Objective | None = None,
-        steps: int = 50,
-        guidance: float | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-        **options: Any,
-    ) -> PlanResult:
-        """objective: chooses among finalists; None: the planner's own proxy, or nothing to choose. steps, guidance:
-        of the all-powerful plan that counts as full compute. Raises PlanError for a budget below the cheapest plan,
-        naming that."""
-        ...
-
+budget: as `parse_budget` reads it. objective: chooses among the planner's finalists; None: its own proxy, or nothing to
+choose. steps, guidance: of the all-powerful plan that counts as full compute. options: the planner's own, all with
+defaults. Raises PlanError for a budget below the planner's cheapest plan, naming that.
+"""
 
 PLANNERS: dict[str, Planner] = {
     "weak-split": weak_split,

@@ -39,7 +39,8 @@ class Candidate:
     def from_dict(data: dict[str, Any]) -> Candidate:
         cost = {**data["cost"], "step_flops": tuple(data["cost"]["step_flops"])}
         score = data.get("score")
-        return Candidate(Plan.from_dict(data["plan"]), PlanCost(**cost), None if score is None else Score.from_dict(score))
+        worth = None if score is None else Score.from_dict(score)
+        return Candidate(Plan.from_dict(data["plan"]), PlanCost(**cost), worth)
 
 
 def frontier(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
@@ -89,7 +90,7 @@ class PlanResult:
     def from_dict(data: Any) -> PlanResult:
         """Inverse of `to_dict`. Raises PlanError for anything else."""
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-            raise PlanError(f'this is not a planning result: expected a JSON object with "format": "{FORMAT}", version 1')
+            raise PlanError(f'this is not a planning result: expected an object with "format": "{FORMAT}", version 1')
         try:
             chosen = Candidate.from_dict(data)
             return PlanResult(

@@ -45,7 +45,8 @@ def weak_split(
             if plan is not None:
                 plans.append(plan)
     if not plans:
-        raise task.too_small(weak_to_powerful(model, min(counts), weak_steps=min(counts), solver=solver, guidance=guidance))
+        fewest = min(counts)
+        raise task.too_small(weak_to_powerful(model, fewest, weak_steps=fewest, solver=solver, guidance=guidance))
     if objective is None:
         plans.sort(key=lambda p: -abs(p.provenance["weak_steps"] / len(p.steps) - WEAK_SHARE))
         plans = plans[-1:]
