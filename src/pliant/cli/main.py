@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli import convert, demo, evaluate, exits, flexify, info, plan, sample, solvers, stream, train
+from pliant.cli import convert, demo, encode, evaluate, exits, flexify, info, plan, sample, solvers, stream, train
 from pliant.cli.console import complain, listen_to_logs
 from pliant.errors import PliantError
 
@@ -50,7 +50,7 @@ def root(
         print(context.get_help())
 
 
-for verb in (demo, info, convert, flexify, exits, train, plan, sample, stream, evaluate, solvers):
+for verb in (demo, info, convert, encode, flexify, exits, train, plan, sample, stream, evaluate, solvers):
     verb.register(app)
 
 

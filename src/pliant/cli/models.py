@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from pliant.denoiser import Denoiser
 
 
@@ -33,9 +35,18 @@ def open_model(
     source: str, format: str | None = None, options: Sequence[str] | None = None, device: str | None = None
 ) -> Opened:
     """Load a model for inference. Raises PliantError."""
-    import torch
-
     from pliant.formats import load
+
+    place = pick_device(device)
+    given = load_options(options)
+    denoiser = load(source, format, **given)
+    denoiser.network.requires_grad_(False)
+    return Opened(denoiser.to(place), portable(source), format, given)
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device a user named; None: a GPU if there is one. Raises ConfigError for one that cannot be used."""
+    import torch
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -44,10 +55,7 @@ def open_model(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or ["?"])[0]
         raise ConfigError(f"cannot use the device {chosen!r}: {reason}") from None
-    given = load_options(options)
-    denoiser = load(source, format, **given)
-    denoiser.network.requires_grad_(False)
-    return Opened(denoiser.to(place), portable(source), format, given)
+    return place
 
 
 def load_options(pairs: Sequence[str] | None) -> dict[str, Any]:

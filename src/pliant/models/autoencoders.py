@@ -1,4 +1,7 @@
-"""Autoencoders of diffusers, for models that live in latents. diffusers is imported late: it takes seconds."""
+"""Autoencoders for models that live in latents: any of diffusers', and the tiny ones of `tiny_autoencoder`.
+
+diffusers is imported late: it takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pliant.errors import ConfigError, FormatError
+from pliant.errors import ConfigError, FormatError, ShapeError
+from pliant.models.tiny_autoencoder import find_tiny, tiny_autoencoder
 
 
 def load_autoencoder(source: str) -> Any:
-    """Any diffusers autoencoder from a folder or Hub id, frozen, in eval mode. Raises FormatError or ConfigError."""
+    """An autoencoder, frozen, in eval mode. Raises FormatError or ConfigError.
+
+    source: folder or Hub id of any diffusers autoencoder (AutoencoderKL, AutoencoderTiny, AutoencoderDC, ...), or a
+    folder with `*_encoder.pth` and `*_decoder.pth` of TAESD's family, or one of the two files.
+    """
+    if (pair := find_tiny(Path(source))) is not None:
+        return tiny_autoencoder(_read_tensors(pair[0]), _read_tensors(pair[1]), str(source))
     try:
         import diffusers
     except ImportError:
@@ -37,14 +47,56 @@ def load_autoencoder(source: str) -> Any:
         raise FormatError(f"cannot load the autoencoder {source}: {reason}") from None
 
 
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """A state dict; pickled files with `weights_only=True`. Raises FormatError, in one line, for anything else."""
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files fail in any way at all
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise FormatError(f"{file} is truncated, damaged or no file of tensors ({reason})") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise FormatError(f"{file} holds no state dict (tensors by name)")
+    return content
+
+
+@torch.no_grad()
+def posterior(autoencoder: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, 3, H, W) images in [-1, 1] -> mean and standard deviation (None: deterministic) of their raw latents.
+
+    Raises ShapeError where the autoencoder's strides do not divide the images.
+    """
+    parameter = next(autoencoder.parameters())
+    out = autoencoder.encode(images.to(parameter.device, parameter.dtype))
+    if hasattr(out, "latent_dist"):
+        mean, std = out.latent_dist.mean, out.latent_dist.std
+    else:
+        mean, std = out.latents if hasattr(out, "latents") else out.latent, None  # AutoencoderDC: one without the s
+    rows, columns = images.shape[-2] / mean.shape[-2], images.shape[-1] / mean.shape[-1]
+    if rows != columns or rows != int(rows):
+        raise ShapeError(
+            f"images of {images.shape[-2]}x{images.shape[-1]} do not divide into this autoencoder's latents; use sides "
+            f"that are multiples of its factor ({downscale_factor(autoencoder)})"
+        )
+    return mean, std
+
+
 @torch.no_grad()
 def downscale_factor(autoencoder: Any) -> int:
     """Image pixels per latent pixel along one side, read off one small image."""
     parameter = next(autoencoder.parameters())
     channels = int(getattr(autoencoder.config, "in_channels", 3))
-    out = autoencoder.encode(torch.zeros(1, channels, 64, 64, device=parameter.device, dtype=parameter.dtype))
-    latents = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
-    return 64 // int(latents.shape[-1])
+    mean, _ = posterior(autoencoder, torch.zeros(1, channels, 64, 64, device=parameter.device, dtype=parameter.dtype))
+    return 64 // int(mean.shape[-1])
+
+
+def latent_channels(autoencoder: Any) -> int | None:
+    """Channels of its latents, where its config says so."""
+    channels = getattr(autoencoder.config, "latent_channels", None)
+    return None if channels is None else int(channels)
 
 
 def config_scaling(autoencoder: Any) -> tuple[float, float]:
@@ -60,9 +112,7 @@ def encoded(autoencoder: Any, images: Tensor, normalisation: dict[str, Any] | No
 
     Autoencoders with a distribution of latents give its mean.
     """
-    parameter = next(autoencoder.parameters())
-    out = autoencoder.encode(images.to(parameter.device, parameter.dtype))
-    latents: Tensor = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
+    latents, _ = posterior(autoencoder, images)
     shift, scale = (v.to(latents.device) for v in _shift_scale(autoencoder, normalisation))
     return (latents.float() - shift) * scale
 

@@ -9,20 +9,25 @@ from pliant.training.data.latents import (
     cached_latents,
 )
 from pliant.training.data.order import EpochOrder
+from pliant.training.data.sizes import AnySizeImages, SizedSet, fitted_size, open_any_size
 from pliant.training.data.sources import Source, open_source
 
 __all__ = [
+    "AnySizeImages",
     "Encoded",
     "EpochOrder",
     "Feed",
     "ImageSet",
     "LatentSet",
     "LazyImageSet",
+    "SizedSet",
     "Source",
     "TrainingSet",
     "autoencoder_encode",
     "cached_latents",
     "digits",
+    "fitted_size",
+    "open_any_size",
     "open_images",
     "open_source",
 ]

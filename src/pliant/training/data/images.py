@@ -66,7 +66,7 @@ class LazyImageSet:
         self.labels = torch.from_numpy(source.labels)
         self.class_names = source.class_names
         self._damaged: set[int] = set()
-        self._pool = ThreadPoolExecutor(max_workers=_workers())
+        self._pool = ThreadPoolExecutor(max_workers=workers())
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ def _mirror(images: Tensor, flips: Tensor) -> Tensor:
     return torch.where(flips[:, None, None, None], images.flip(-1), images) if bool(flips.any()) else images
 
 
-def _workers() -> int:
+def workers() -> int:
     return min(16, os.cpu_count() or 1)
 
 
@@ -123,7 +123,7 @@ def decode_all(source: Source, channels: int, size: tuple[int, int]) -> ImageSet
     pixels = torch.empty(len(wanted), channels, *size, dtype=torch.uint8)
     kept: list[int] = []
     skipped: list[str] = []
-    with ThreadPoolExecutor(max_workers=_workers()) as pool:
+    with ThreadPoolExecutor(max_workers=workers()) as pool:
         for index, image in zip(wanted, pool.map(lambda i: _decode(source, i, channels, size), wanted), strict=True):
             if image is None:
                 skipped.append(source.name(index))
