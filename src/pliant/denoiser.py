@@ -97,6 +97,8 @@ class Denoiser:
     """The path and prediction the network itself knows, where `path` is another one: see `on_path`."""
     guide: Denoiser | None = None
     """A worse model of the same data, for guidance against it (autoguidance); see `autoguided`."""
+    own_plan: dict[str, Any] | None = None
+    """The plan that a few-step model was made for, as `Plan.to_dict` writes it; `Plan.own` reads it."""
 
     def __post_init__(self) -> None:
         if self.preconditioning is not None and self.native.prediction != "sample":
@@ -201,7 +203,8 @@ class Denoiser:
         for p in (native.path, path):
             _ = p.alpha_sigma(0.5)  # says what is wrong with a source that is not Gaussian
         same = path == native.path and kind == native.prediction
-        return replace(self, path=path, prediction=kind, trained=None if same else native)
+        plan = self.own_plan if (path, kind) == (self.path, self.prediction) else None
+        return replace(self, path=path, prediction=kind, trained=None if same else native, own_plan=plan)
 
     def autoguided(self, guide: Denoiser) -> Denoiser:
         """The same denoiser with a worse one to be guided away from (arXiv 2406.02507): smaller, or trained less.

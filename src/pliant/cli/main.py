@@ -12,7 +12,21 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli import convert, demo, encode, evaluate, exits, flexify, info, plan, sample, solvers, stream, train
+from pliant.cli import (
+    convert,
+    demo,
+    distill,
+    encode,
+    evaluate,
+    exits,
+    flexify,
+    info,
+    plan,
+    sample,
+    solvers,
+    stream,
+    train,
+)
 from pliant.cli.console import complain, listen_to_logs
 from pliant.errors import PliantError
 
@@ -50,7 +64,7 @@ def root(
         print(context.get_help())
 
 
-for verb in (demo, info, convert, encode, flexify, exits, train, plan, sample, stream, evaluate, solvers):
+for verb in (demo, info, convert, encode, flexify, exits, train, distill, plan, sample, stream, evaluate, solvers):
     verb.register(app)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +91,6 @@ def parse_patch(text: str) -> tuple[int, int]:
 
 def weights_hash(denoiser: Denoiser) -> str:
     """SHA-256 of all weights by name: the same whatever file they came from."""
-    import torch
+    from pliant.training.fingerprint import weights_hash as of
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(denoiser.network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return of(denoiser)

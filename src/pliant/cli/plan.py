@@ -10,7 +10,7 @@ import typer
 
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json
-from pliant.cli.planning import PlanOptions, cost_facts, make_plan
+from pliant.cli.planning import PlanOptions, cost_facts, plan_from
 from pliant.errors import ConfigError, PliantError
 
 FROZEN_ON = 8
@@ -94,7 +94,7 @@ def plan(
     from pliant.cli.models import open_model
 
     denoiser = open_model(model, format, option, "cpu").denoiser
-    made = make_plan(denoiser, choices)
+    made = plan_from(None, denoiser, choices)
     if freeze:
         made = made.freeze(denoiser, [i % denoiser.num_classes for i in range(FROZEN_ON)])
     if out is not None:

@@ -131,11 +131,17 @@ def _guidance(options: PlanOptions) -> Guidance | None:
 
 
 def plan_from(file: Path | None, model: Denoiser, options: PlanOptions) -> Plan:
-    """The plan file if one is given (checked against the model), else a plan from the options. Raises PliantError."""
+    """The plan file if one is given (checked against the model), else a plan from the options. Raises PliantError.
+
+    Without any option that decides about steps, a few-step model's own plan.
+    """
     from pliant.plans import Plan
 
     if file is None:
-        return make_plan(model, options)
+        own = Plan.own(model) if not set(options.given()) - {"--precision"} else None
+        if own is None:
+            return make_plan(model, options)
+        return own if options.precision is None else with_precision(own, options.precision)
     if options.given():
         raise ConfigError(f"a plan file decides everything: leave out {options.given()[0]}, or --plan")
     plan = Plan.load(file)

@@ -97,6 +97,15 @@ class ClassifierExtractor:
         with torch.inference_mode():
             return self._network.head(features).argmax(1).clone()
 
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Activations after every stage, each (B, C, h, w); differentiable with respect to the images."""
+        return self._network.activations(fitted(images, self.config.in_channels, self.config.input_size))
+
+    def to(self, device: torch.device) -> ClassifierExtractor:
+        """Moves the network in place and returns self."""
+        self._network.to(device)
+        return self
+
     @classmethod
     def load(cls, folder: str | Path) -> ClassifierExtractor:
         """A folder with config.json and model.safetensors.  Raises FormatError for anything missing or

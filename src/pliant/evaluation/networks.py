@@ -82,10 +82,15 @@ class ConvClassifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, widths[-1])."""
-        x = self.stem(x)
+        return self.activations(x)[-1].mean(dim=(2, 3))
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        """What every stage gives: (B, widths[k], h, w), each half the size of the one before."""
+        x, found = self.stem(x), []
         for stage in self.stages:
             x = stage(F.max_pool2d(x, 2))
-        return x.mean(dim=(2, 3))
+            found.append(x)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))

@@ -31,6 +31,8 @@ from pliant.paths import NetworkTime, Path, Preconditioning, PredictionType, pat
 
 FORMAT, VERSION = "pliant", 1
 MODEL_FILE, ADAPTER_FILE, CONFIG_FILE = "model.safetensors", "adapter.safetensors", "config.json"
+PLAN_FILE = "plan.json"
+"""Of a few-step model: the plan it was made for."""
 
 
 def model_config(denoiser: Denoiser) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def model_config(denoiser: Denoiser) -> dict[str, Any]:
 
 def save(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None = None) -> None:
     """Write a model folder atomically. `dtype` converts floating tensors (e.g. torch.bfloat16 to halve the size)."""
-    _write(folder, model_config(denoiser), MODEL_FILE, denoiser.network.state_dict(), dtype)
+    _write(folder, model_config(denoiser), MODEL_FILE, denoiser.network.state_dict(), dtype, denoiser.own_plan)
 
 
 def save_adapter(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None = None) -> None:
@@ -53,12 +55,19 @@ def save_adapter(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype 
 
 
 def _write(
-    folder: str | FilePath, config: dict[str, Any], name: str, state: dict[str, Tensor], dtype: torch.dtype | None
+    folder: str | FilePath,
+    config: dict[str, Any],
+    name: str,
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    plan: dict[str, Any] | None = None,
 ) -> None:
     tensors = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
     with replaced_folder(folder) as temporary:
         save_file(tensors, temporary / name, metadata={"format": "pt"})
         write_json(temporary / CONFIG_FILE, config)
+        if plan is not None:
+            write_json(temporary / PLAN_FILE, plan)
 
 
 def read_tensors(file: FilePath) -> dict[str, Tensor]:
@@ -183,6 +192,22 @@ def count_parameters(file: FilePath) -> int:
 def load(folder: str | FilePath) -> Denoiser:
     """Read a model folder; weights come back in fp32 and the network in eval mode."""
     folder = FilePath(folder)
+    return replace(_load(folder), own_plan=read_plan(folder))
+
+
+def read_plan(folder: FilePath) -> dict[str, Any] | None:
+    """The plan beside the weights, unchecked; None if there is none. Raises FormatError if it is not JSON."""
+    file = folder / PLAN_FILE
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{file} is not readable JSON ({error}); delete it, or write the plan again") from None
+    if found is not None and not isinstance(found, dict):
+        raise FormatError(f"{file} holds {type(found).__name__}, expected a plan: a JSON object")
+    return found
+
+
+def _load(folder: FilePath) -> Denoiser:
     file, config = folder / MODEL_FILE, read_config(folder)
     meaning = parse(config, folder / CONFIG_FILE)
     if not file.exists() and (folder / ADAPTER_FILE).exists():

@@ -158,11 +158,55 @@ class CosMapDensity:
         return {"name": "cosmap"}
 
 
+@dataclass(frozen=True)
+class UShapedDensity:
+    """rfpp's density `a cosh(a (t - 1/2)) / (2 sinh(a/2))` (arXiv 2405.20320, centred as in its code): both ends most.
+
+    Times are drawn by the closed inverse CDF and moved to eps..1, because losses divide by t.
+    """
+
+    a: float = 4.0
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.a <= 0.0 or not 0.0 <= self.eps < 0.5:
+            raise ConfigError(f"a u-shaped density needs a > 0 and eps in [0, 0.5), got {self.a} and {self.eps}")
+
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        q = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
+        t = 0.5 + torch.asinh((2.0 * q - 1.0) * math.sinh(0.5 * self.a)) / self.a
+        return self.eps + (1.0 - 2.0 * self.eps) * t
+
+    def to_config(self) -> dict[str, Any]:
+        return {"name": "u-shaped", "a": self.a, "eps": self.eps}
+
+
+@dataclass(frozen=True)
+class DiscreteDensity:
+    """One of these times, each equally often: those at which a few-step sampler calls the network."""
+
+    times: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "times", tuple(float(t) for t in self.times))
+        if not self.times or not all(0.0 <= t <= 1.0 for t in self.times):
+            raise ConfigError(f"a discrete density needs times in [0, 1], got {list(self.times)}")
+
+    def sample(self, n: int, generator: Generator) -> Tensor:
+        k = torch.randint(len(self.times), (n,), generator=generator, device=generator.device)
+        return torch.tensor(self.times, dtype=torch.float64, device=generator.device)[k]
+
+    def to_config(self) -> dict[str, Any]:
+        return {"name": "discrete", "times": list(self.times)}
+
+
 _DENSITIES: dict[str, type] = {
     "uniform": UniformDensity,
     "logit-normal": LogitNormalDensity,
     "mode": ModeDensity,
     "cosmap": CosMapDensity,
+    "u-shaped": UShapedDensity,
+    "discrete": DiscreteDensity,
 }
 
 

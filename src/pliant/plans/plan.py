@@ -112,6 +112,18 @@ class Plan:
 
         return weak_to_powerful(model, steps, budget, **options)
 
+    @staticmethod
+    def own(model: Denoiser) -> Plan | None:
+        """The plan that a few-step model was made for and carries beside its weights; None for other models.
+
+        Raises PlanError if what it carries is not a plan, or not one for it.
+        """
+        if model.own_plan is None:
+            return None
+        plan = Plan.from_dict(model.own_plan)
+        plan.check(model)
+        return plan
+
     def with_steps(self, steps: Iterable[Step]) -> Plan:
         """The same plan with other steps."""
         return replace(self, steps=tuple(steps))

@@ -12,15 +12,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pliant.errors import ConfigError, suggest
-
-
-class Section(BaseModel):
-    """Base of all parts of the tree: frozen, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+from pliant.training.flow_config import FlowMatchingConfig as FlowMatchingConfig
+from pliant.training.section import Section
 
 
 class FlexifyConfig(Section):
@@ -28,7 +24,7 @@ class FlexifyConfig(Section):
 
     patch_sizes: list[int | list[int]]
     recipe: Literal["lora", "shared"] = "lora"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the recipe, e.g. {rank: 32}."""
 
 
@@ -53,6 +49,10 @@ class ModelConfig(Section):
     """Give the model routers of its width (DyDiT): fields of `WidthSpec`, {} for the paper's."""
     routers: dict[str, Any] | None = None
     """Give the model token routers (Infor-Coef): fields of `RouterSpec`."""
+    trainable: Literal["own", "all", "lora"] = "own"
+    """What trains. own: what the model's kind says (adapters, exits and routers on a frozen base, else all); all: every
+    weight; lora: low-rank changes of every block's linear layers, merged into them at the end."""
+    lora_rank: int = Field(default=4, ge=1)
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
@@ -61,16 +61,6 @@ class ModelConfig(Section):
         if self.exits is not None and self.from_ is None:
             raise ValueError("`exits` imitate a trained model: give `from`")
         return self
-
-
-class FlowMatchingConfig(Section):
-    """Velocity regression on any path with a Gaussian source."""
-
-    name: Literal["flow_matching"] = "flow_matching"
-    time: str | dict[str, Any] = "uniform"
-    """Density of training times: uniform, logit-normal, mode, cosmap; or {name: ..., options}."""
-    class_dropout: float | None = Field(default=None, ge=0, le=1)
-    """Probability of training without label; default: the network's own (0.1)."""
 
 
 class DDPMConfig(Section):
@@ -178,7 +168,7 @@ class DataConfig(Section):
     """Images and labels."""
 
     source: str
-    """"digits", a folder (sub-folders are classes, or metadata.jsonl), a Parquet file or glob, or a Hub set."""
+    """"digits", a folder (sub-folders are classes, or metadata.jsonl), a Parquet file or glob, a Hub set, or pairs."""
     split: str = "train"
     image_column: str = "image"
     label_column: str | None = "label"
@@ -191,6 +181,10 @@ class DataConfig(Section):
     """Folder or Hub id of a diffusers autoencoder: train on its latents instead of pixels."""
     latents: str | None = None
     """Folder that keeps the encoded latents; default: `latents/` in the output folder."""
+    more_pairs: list[str] = Field(default_factory=list)
+    """Further folders of pairs, if `source` is one: inverted real images."""
+    opposite: str | None = None
+    """A second data set (as `source`): its images, not noise, are the other end of the path (domain transfer)."""
 
 
 class OptimizerConfig(Section):
@@ -282,6 +276,11 @@ class TrainConfig(Section):
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and apply `key.sub=value` overrides (values are YAML). Raises ConfigError."""
+    return parse_config(read_tree(file, overrides))
+
+
+def read_tree(file: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, changed by `key.sub=value` overrides. Raises ConfigError."""
     try:
         tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -292,7 +291,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{file} should hold `key: value` pairs at the top level, e.g. `steps: 1000`")
     for override in overrides:
         _apply(tree, override)
-    return parse_config(tree)
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -316,13 +315,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def parse_config(tree: Mapping[str, Any]) -> TrainConfig:
     """A config from nested mappings. Raises ConfigError in one line."""
-    return _parse(TrainConfig, tree)
+    return parse_section(TrainConfig, tree)
 
 
 SectionT = typing.TypeVar("SectionT", bound=Section)
 
 
-def _parse(section: type[SectionT], tree: Mapping[str, Any]) -> SectionT:
+def parse_section(section: type[SectionT], tree: Mapping[str, Any]) -> SectionT:
+    """A section of any kind from nested mappings. Raises ConfigError in one line."""
     _reject_unknown(section, tree, "")
     try:
         return section.model_validate(tree)

@@ -47,5 +47,7 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    partners = None if batch.partners is None else function(batch.partners)
-    return replace(batch, images=function(batch.images), labels=function(batch.labels), partners=partners)
+    partners, sources = (None if v is None else function(v) for v in (batch.partners, batch.sources))
+    return replace(
+        batch, images=function(batch.images), labels=function(batch.labels), partners=partners, sources=sources
+    )

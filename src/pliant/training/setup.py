@@ -34,9 +34,20 @@ from pliant.training.config import (
     TokenRouterConfig,
     TrainConfig,
 )
-from pliant.training.data import LatentSet, TrainingSet, autoencoder_encode, cached_latents, open_images
+from pliant.training.data import (
+    JoinedPairs,
+    LatentSet,
+    PairSet,
+    TrainingSet,
+    TwoSets,
+    autoencoder_encode,
+    cached_latents,
+    is_pair_store,
+    open_images,
+)
 from pliant.training.data.latents import Scaling
 from pliant.training.draws import derived_seed
+from pliant.training.low_rank import add_low_rank
 from pliant.training.objectives import (
     DDPM,
     DynamicWidth,
@@ -73,8 +84,7 @@ def build_denoiser(config: TrainConfig) -> Denoiser:
         from pliant.adapters.exits import attach_exits
 
         denoiser = attach_exits(denoiser, config.model.exits.depths, gates=config.model.exits.gates)
-    _unfreeze(denoiser)
-    return denoiser
+    return _unfreeze(denoiser, config.model)
 
 
 def _loaded(source: str) -> Denoiser:
@@ -85,18 +95,24 @@ def _loaded(source: str) -> Denoiser:
     return denoiser
 
 
-def _unfreeze(denoiser: Denoiser) -> None:
+def _unfreeze(denoiser: Denoiser, config: ModelConfig) -> Denoiser:
     """Models for inference may come frozen. Recipe "lora" trains its modes, exits and routers on a frozen base train
-    themselves, the rest all weights."""
+    themselves, the rest all weights; unless `trainable` says otherwise."""
     from pliant.adapters import ExitDiT, FlexiDiT
 
     network = denoiser.network
     network.requires_grad_(True)
+    if config.trainable == "all":
+        return denoiser
+    if config.trainable == "lora":
+        add_low_rank(network, config.lora_rank)
+        return denoiser
     if isinstance(network, FlexiDiT) and network.spec.recipe == "lora":
         network.base.requires_grad_(False)
     frozen = isinstance(network, DynamicDiT) and network.spec.base == "frozen"
     if frozen or isinstance(network, ExitDiT | TokenRoutedDiT):
         network.base.requires_grad_(False)
+    return denoiser
 
 
 def _new(config: TrainConfig) -> Denoiser:
@@ -170,7 +186,8 @@ def _objective(config: Any, denoiser: Denoiser) -> Objective:
         time = _density(config.time) if config.time else None
         return TokenDistillation(config.keep, config.budget, config.norm, config.entropy, time, dropout)
     if isinstance(config, FlowMatchingConfig):
-        return FlowMatching(_density(config.time), dropout)
+        time, coupling, metric = _density(config.time), config.coupling.build(), config.metric.build()
+        return FlowMatching(time, dropout, coupling, metric, prediction_type(config.space))
     raise TypeError(type(config).__name__)  # pragma: no cover - the config's union is closed
 
 
@@ -198,10 +215,21 @@ def _density(given: str | dict[str, Any]) -> TimeDensity:
 
 
 def build_data(config: TrainConfig, denoiser: Denoiser) -> TrainingSet:
-    """The training set at the denoiser's size: images, or their latents. Raises DataError if they cannot be used."""
+    """The training set at the denoiser's size: images, their latents, or pairs. Raises DataError if unusable."""
     channels, height, width = denoiser.sample_shape
+    if is_pair_store(config.data.source):
+        parts = [PairSet(folder) for folder in (config.data.source, *config.data.more_pairs)]
+        return parts[0] if len(parts) == 1 else JoinedPairs(parts)
+    if config.data.more_pairs:
+        raise ConfigError(f"data.more_pairs joins folders of pairs, but {config.data.source!r} is not one")
     if config.data.autoencoder is None:
-        return _images(config.data, channels, (height, width))
+        images = _images(config.data, channels, (height, width))
+        if config.data.opposite is None:
+            return images
+        other = config.data.model_copy(update={"source": config.data.opposite})
+        return TwoSets(images, _images(other, channels, (height, width)))
+    if config.data.opposite is not None:
+        raise ConfigError("data.opposite works on pixels: leave out data.autoencoder")
     autoencoder = load_autoencoder(config.data.autoencoder)
     factor = downscale_factor(autoencoder)
     size = (height * factor, width * factor)
@@ -222,6 +250,14 @@ def _latent_scaling(config: TrainConfig, denoiser: Denoiser, autoencoder: Any) -
     if stored:
         return stored["shift"], stored["scale"]
     return "standardise" if config.model.from_ is None else config_scaling(autoencoder)
+
+
+def open_data(config: DataConfig, denoiser: Denoiser) -> TrainingSet:
+    """Images (not latents) at a denoiser's size. Raises DataError if they cannot be used."""
+    if config.autoencoder is not None:
+        raise ConfigError("this needs images as pixels: leave out the data's autoencoder")
+    channels, height, width = denoiser.sample_shape
+    return _images(config, channels, (height, width))
 
 
 def _images(config: DataConfig, channels: int, size: tuple[int, int]) -> TrainingSet:

@@ -29,7 +29,9 @@ from pliant.training.config import TrainConfig
 from pliant.training.data import Feed, TrainingSet
 from pliant.training.draws import Draws
 from pliant.training.grids import grid_sampler
+from pliant.training.low_rank import merge_low_rank
 from pliant.training.metrics import Reporter, Window
+from pliant.training.models import prepared
 from pliant.training.objectives import Batch, Objective
 from pliant.training.prefetch import Prefetch, moved, pinned
 from pliant.training.schedule import learning_rate
@@ -117,6 +119,7 @@ class Trainer:
         self.micro_batch = _micro_batch(config, self.accelerator.num_processes)
         self.denoiser = denoiser.to(self.device)
         self.state = Trainable(self.denoiser.network.train(), config)
+        objective = prepared(objective, self.denoiser, self.state.ema)
         step_module = StepModule(self.denoiser, objective, config.precision == "bf16")
         self.step_module = self.accelerator.prepare_model(step_module)
         self.feed = Feed(data, config.seed, config.data.flip, objective.needs_partners)
@@ -302,6 +305,7 @@ class Trainer:
 
         self.accelerator.wait_for_everyone()
         self.state.ema.copy_to_parameters()
+        merge_low_rank(self.denoiser.network)
         network, config = self.denoiser.network.eval(), self.config
         metadata = {**self.denoiser.metadata, "training": {"config": config.to_dict(), "steps": config.steps}}
         result = replace(self.denoiser, metadata=metadata)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from pliant.training.data.images import TrainingSet
+from pliant.training.data.images import PairedSet, TrainingSet
 from pliant.training.data.order import EpochOrder
 from pliant.training.draws import Draws, derived_seed
 from pliant.training.objectives.base import Batch
@@ -27,7 +27,10 @@ class Feed:
         draws = Draws(self._seed, step, rows, total)
         indices = self.order.indices([step * total + row for row in rows])
         labels = self.data.labels[indices]
-        images = self.data.samples(indices, self._flips(draws), draws)
+        flips = self._flips(draws)
+        images = self.data.samples(indices, flips, draws)
+        if isinstance(self.data, PairedSet):
+            return Batch(images, labels, sources=self.data.sources(indices, flips, draws))
         if not self.partners:
             return Batch(images, labels)
         others = self._partners(labels, draws)

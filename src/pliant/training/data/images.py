@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ class TrainingSet(Protocol):
 
     def samples(self, indices: Tensor, flips: Tensor, draws: Draws) -> Tensor:
         """(B, C, H, W) float32 on the CPU for (B,) indices, mirrored left-right where (B,) bool `flips`."""
+        ...
+
+
+@runtime_checkable
+class PairedSet(TrainingSet, Protocol):
+    """Samples that come with the other end of their path."""
+
+    def sources(self, indices: Tensor, flips: Tensor, draws: Draws) -> Tensor:
+        """(B, C, H, W) float32 for the same arguments as `samples`: both members of a pair are mirrored together."""
         ...
 
 

@@ -21,11 +21,13 @@ class Batch:
 
     images: (B, C, H, W) float32, pixels in [-1, 1] or normalised latents. labels: (B,) int64 classes.
     partners: (B, C, H, W) other samples with the same labels, only for objectives with `needs_partners`.
+    sources: (B, C, H, W) the other ends of the path (noise, or another data set's samples), only of data with pairs.
     """
 
     images: Tensor
     labels: Tensor
     partners: Tensor | None = None
+    sources: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -40,7 +42,12 @@ class Loss:
 
 
 class Objective(Protocol):
-    """A loss for a denoiser. Pure: all randomness comes from `draws`."""
+    """A loss for a denoiser. Pure: all randomness comes from `draws`.
+
+    Two kinds of fields of an objective (a dataclass) are the trainer's business: denoisers, which are frozen teachers
+    and are moved to the training device, and one called `average`, which is set to a denoiser that always holds the
+    running average of the weights in training (the target network of consistency models).
+    """
 
     @property
     def needs_partners(self) -> bool:
