@@ -176,7 +176,8 @@ def test_joined_stores(store: Path, tmp_path: Path) -> None:
 
 def test_two_sets_pair_samples_at_random() -> None:
     one = ImageSet(torch.zeros(6, 1, 2, 2), torch.arange(6) % 2, ("a", "b"))
-    other = ImageSet(torch.arange(4.0).reshape(4, 1, 1, 1).expand(-1, 1, 2, 2), torch.zeros(4, dtype=torch.int64), ("x",))
+    levels = torch.arange(4.0).reshape(4, 1, 1, 1).expand(-1, 1, 2, 2)
+    other = ImageSet(levels, torch.zeros(4, dtype=torch.int64), ("x",))
     feed = Feed(TwoSets(one, other), seed=0)
     first, second = (feed.batch(step, range(6), 6).sources for step in (0, 1))
     assert first is not None and second is not None

@@ -46,7 +46,7 @@ def distill(
     listing: Annotated[bool, typer.Option("--list", help="Name all recipes and stop.")] = False,
     json: opt.JSON = False,
 ) -> None:
-    """Distil a model to few steps. The result, OUT/model, carries the plan it was made for: `pliant sample OUT/model`."""
+    """Distil a model to few steps. The result, OUT/model, carries its plan: `pliant sample OUT/model` runs it."""
     if listing:
         _list(json)
         return
