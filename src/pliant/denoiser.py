@@ -107,8 +107,18 @@ class Denoiser:
                 f"prediction=...) gives other kinds"
             )
 
-    def __call__(self, x: Tensor, t: float | Tensor, cond: Tensor, compute: Compute | None = None) -> Prediction:
+    def __call__(
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        cond: Tensor,
+        compute: Compute | None = None,
+        lands: float | Tensor | None = None,
+    ) -> Prediction:
         """Predict at states x (B, C, H, W), house time t (number or (B,)), labels cond (B,) int64.
+
+        lands: house time (number or (B,)) that a flow map is told the step goes to: its answer is the prediction whose
+        DDIM step from t arrives there. None: the prediction at t itself, as of any other network.
 
         Differentiable; runs the weights as they are stored. `compute.merged` and `compute.precision` are matters of
         execution that the sampling engine realises, not of meaning. Raises ConfigError for a patch size or an exit
@@ -116,13 +126,12 @@ class Denoiser:
         """
         compute = compute or Compute()
         if compute.scale is not None:
+            self.refuse_jump("a scale")
             return self.low_band(compute)(x, t, cond, replace(compute, scale=None))
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         a = self.align(compute, time)
-        if a is None:
-            raw = self.run(x, self.encode(time), cond, compute)
-        else:
-            raw = self.run(like(a.input_scale, x) * x, self.encode(a.time), cond, compute)
+        told = self.told(time, compute, lands)
+        raw = self.run(x if a is None else like(a.input_scale, x) * x, told, cond, compute)
         return self._read(raw, x, time, compute, a)
 
     def _read(self, raw: Tensor, x: Tensor, time: Tensor, compute: Compute, a: Alignment | None) -> Prediction:
@@ -143,6 +152,7 @@ class Denoiser:
         if not isinstance(network, ExitDiT):
             raise ConfigError("this model has no exits; pliant.attach_exits adds them")
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
+        self.refuse_jump("exits")
         a = self.align(compute, time)
         steps = self.encode(time if a is None else a.time).to(torch.float32).expand(x.shape[0])
         full, exits = network.forward_all(x if a is None else like(a.input_scale, x) * x, steps, cond)
@@ -151,10 +161,13 @@ class Denoiser:
         }
 
     def run(self, x: Tensor, network_time: Tensor, cond: Tensor, compute: Compute) -> Tensor:
-        """The bare network: (B, C, H, W) and *network* time (scalar or (B,)) -> (B, out_channels, H, W)."""
+        """The bare network: (B, C, H, W) and *network* time (scalar or (B,)) -> (B, out_channels, H, W).
+
+        Of a flow map network times are pairs, (2,) or (B, 2).
+        """
         if cond.shape != x.shape[:1]:
             raise ShapeError(f"{x.shape[0]} states need as many labels, got {tuple(cond.shape)}")
-        steps = network_time.to(torch.float32).expand(x.shape[0])
+        steps = network_time.to(torch.float32).expand(x.shape[0], *self.pair)
         call = self.forward or self.network
         leave = self.exit_of(compute)
         if leave is not None:
@@ -184,6 +197,30 @@ class Denoiser:
         if self.preconditioning is None:
             return self.network_time.encode(time)
         return self.preconditioning.c_noise(self.native.path.noise_ratio(time))
+
+    @property
+    def pair(self) -> tuple[int, ...]:
+        """Shape of what the network is told of time per sample: () or, of a flow map, (2,)."""
+        return (2,) if self.config.flow_map else ()
+
+    def told(self, time: Tensor, compute: Compute, lands: float | Tensor | None = None) -> Tensor:
+        """What calls at house times (any shape) are told: network times of that shape, of a flow map (..., 2)."""
+        a = self.align(compute, time)
+        here = self.encode(time if a is None else a.time)
+        if not self.config.flow_map:
+            if lands is not None:
+                raise ConfigError("this network is not told where a step lands; only flow maps are")
+            return here
+        if lands is None:
+            return torch.stack((here, here), dim=-1)
+        end = torch.as_tensor(lands, dtype=torch.float64, device=time.device)
+        b = self.align(compute, end)
+        return torch.stack(torch.broadcast_tensors(here, self.encode(end if b is None else b.time)), dim=-1)
+
+    def refuse_jump(self, feature: str) -> None:
+        """Raise ConfigError for a flow map, where `feature` has no meaning."""
+        if self.config.flow_map:
+            raise ConfigError(f"{feature} and flow maps do not go together; use the model it was distilled from")
 
     # Other paths --------------------------------------------------------------------------------------------------
 
@@ -378,6 +415,7 @@ class Denoiser:
             classes=config.label_rows,
             block_heads=config.block_heads,
             block_hidden=config.block_hidden,
+            time_embedders=2 if config.flow_map else 1,
             router_hidden=self.network.spec.features(config) if isinstance(self.network, TokenRoutedDiT) else 0,
         )
 

@@ -229,7 +229,7 @@ def config_of_exit(config: DiTConfig, depth: int) -> DiTConfig:
 
 def conditioning(network: DiT, t: Tensor, y: Tensor) -> Tensor:
     """What a DiT's adaLN linear reads: (B,) network times and (B,) labels -> (B, D)."""
-    return F.silu(network.time_embed(t) + network.label_embed(y))
+    return F.silu(network.embed_time(t) + network.label_embed(y))
 
 
 def depths_of(depths: Iterable[int]) -> tuple[int, ...]:

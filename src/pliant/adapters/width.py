@@ -225,7 +225,7 @@ class DynamicDiT(nn.Module):
 
     def time_masks(self, t: Tensor, noise: RouterNoise | None = None) -> tuple[Tensor, Tensor]:
         """Heads (B, L, H) and groups (B, L, G) that are on at network times t (B,)."""
-        embedded, routers, temperature = self.base.time_embed(t), self.routers, self.spec.temperature
+        embedded, routers, temperature = self.base.embed_time(t), self.routers, self.spec.temperature
         b, depth = len(t), self.config.depth
         heads, groups = embedded.new_ones(b, depth, self.config.heads), embedded.new_ones(b, depth, self.groups)
         if routers.heads is not None:

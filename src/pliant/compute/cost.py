@@ -48,6 +48,8 @@ class TransformerShape:
     """r of unmerged low-rank adapters on self-attention (fused qkv) and MLP linears; 0: none or merged."""
     frequency_dim: int = 256
     """Input features of the time embedder's MLP."""
+    time_embedders: int = 1
+    """Embedders of times: 2 of a flow map, which is told where its step lands."""
     classes: int = 0
     """Rows of the label table, null class included. Costs no arithmetic, only weights."""
     block_heads: tuple[int, ...] | None = None
@@ -58,7 +60,7 @@ class TransformerShape:
     """Hidden features of each site's token router; 0: there are none."""
 
     def __post_init__(self) -> None:
-        positive = ("depth", "width", "heads", "in_channels", "out_channels", "tokens", "frequency_dim")
+        positive = ("depth", "width", "heads", "in_channels", "out_channels", "tokens", "frequency_dim", "time_embedders")
         for name in (*positive, "cross_tokens", "lora_rank", "classes"):
             value, least = getattr(self, name), int(name in positive)
             if not isinstance(value, int) or value < least:
@@ -168,7 +170,7 @@ def cost_parts(shape: TransformerShape) -> CostParts:
         final=N * D * shape.patch_volume * shape.out_channels,
         # Six vectors per block and two for the head, from one conditioning vector per image.
         modulation=L * 6 * D * D + 2 * D * D,
-        embedders=shape.frequency_dim * D + D * D,
+        embedders=shape.time_embedders * (shape.frequency_dim * D + D * D),
         layer_norm=(2 * L + 1) * N * D,
     )
 
@@ -194,7 +196,7 @@ def parameter_count(shape: TransformerShape) -> int:
     patch_embed = shape.patch_volume * shape.in_channels * D + D
     head_outputs = shape.patch_volume * shape.out_channels
     final = D * head_outputs + head_outputs + 2 * D * D + 2 * D
-    embedders = shape.frequency_dim * D + D + D * D + D + shape.classes * D
+    embedders = shape.time_embedders * (shape.frequency_dim * D + D + D * D + D) + shape.classes * D
     return patch_embed + blocks + final + embedders
 
 

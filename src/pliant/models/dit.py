@@ -48,6 +48,8 @@ class DiTConfig:
     """Of the timestep sinusoid: 128 official, 127 diffusers."""
     norm2_eps: float = 1e-6
     """Of each block's second LayerNorm: 1e-6 official, 1e-5 diffusers."""
+    flow_map: bool = False
+    """Also told where a step lands, so that one call predicts a whole jump: network times are pairs (B, 2)."""
     block_heads: tuple[int, ...] | None = None
     """Heads of every block of a network with heads cut away (each still width / heads wide); None: all of them."""
     block_hidden: tuple[int, ...] | None = None
@@ -106,8 +108,9 @@ class DiTConfig:
         return DiTConfig(**{"patch_size": (int(ph), int(pw or ph)), **SIZES[size], **options})
 
     def to_dict(self) -> dict[str, Any]:
-        # Uncut networks do not mention cuts, so that identities made before there were any stay the same.
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        # Plain networks do not mention cuts or flow maps, so that identities made before there were any stay the same.
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        return values if self.flow_map else {k: v for k, v in values.items() if k != "flow_map"}
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> DiTConfig:
@@ -152,6 +155,7 @@ class DiT(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.time_embed = TimestepEmbedder(config.width, config.frequency_divisor)
+        self.jump_embed = TimestepEmbedder(config.width, config.frequency_divisor) if config.flow_map else None
         table = torch.empty(config.label_rows, config.width)
         # nn.Embedding would draw this itself, on the meta device too; drawn here, seeds keep their meaning.
         table = table if table.is_meta else table.normal_()
@@ -185,15 +189,34 @@ class DiT(nn.Module):
         nn.init.normal_(self.label_embed.weight, std=0.02)
         nn.init.normal_(self.time_embed.fc1.weight, std=0.02)
         nn.init.normal_(self.time_embed.fc2.weight, std=0.02)
-        for layer in (self.modulation, self.head):
+        zero = [self.modulation, self.head]
+        if self.jump_embed is not None:
+            nn.init.normal_(self.jump_embed.fc1.weight, std=0.02)
+            zero.append(self.jump_embed.fc2)
+        for layer in zero:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        """(B,) network times and (B,) labels -> (B, 6*depth + 2, D), every scale already increased by 1."""
-        c = self.time_embed(t) + self.label_embed(y)
+        """(B,) network times and (B,) labels -> (B, 6*depth + 2, D), every scale already increased by 1.
+
+        Of a flow map the times are pairs (B, 2): where the state is and where the step lands.
+        """
+        c = self.embed_time(t) + self.label_embed(y)
         rows: Tensor = self.modulation(F.silu(c)).view(len(y), -1, self.config.width)
         return rows + scale_rows(self.config.depth, rows)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """(B,) network times, or (B, 2) of a flow map -> (B, D). Raises ShapeError for the other kind."""
+        if t.ndim != (1 if self.jump_embed is None else 2):
+            told = "one time" if self.jump_embed is None else "two times, where it is and where it lands"
+            raise ShapeError(f"this network is told {told} per sample; got times of shape {tuple(t.shape)}")
+        if self.jump_embed is None:
+            out: Tensor = self.time_embed(t)
+            return out
+        # The length of the jump, not its end: one number whose zero means the plain velocity at every time.
+        jump: Tensor = self.time_embed(t[:, 0]) + self.jump_embed(t[:, 0] - t[:, 1])
+        return jump
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.forward_modulated(x, self.modulations(t, y))

@@ -97,13 +97,19 @@ class Lowered:
         return variant(network, resolve_precision(compute.precision, network))
 
     def bind(
-        self, times: Sequence[float], labels: Tensor, cache: Cache | None = None, streams: Streams = ("cond",)
+        self,
+        times: Sequence[float],
+        labels: Tensor,
+        cache: Cache | None = None,
+        streams: Streams = ("cond",),
+        lands: Sequence[float] | None = None,
     ) -> BoundCalls:
         """Calls at these house times with these labels (B,): conditioning is computed ahead where possible.
 
-        cache: the request's, which all its computes share; streams: what the rows are, in equal shares.
+        cache: the request's, which all its computes share; streams: what the rows are, in equal shares; lands: where
+        the step from each time goes to, for flow maps.
         """
-        return BoundCalls(self, times, labels, Cache() if cache is None else cache, streams)
+        return BoundCalls(self, times, labels, Cache() if cache is None else cache, streams, lands)
 
 
 @dataclass(frozen=True)
@@ -122,27 +128,35 @@ class BoundCalls:
     """The calls of one `Lowered` in one sampling run; `call(k, x)` answers at the k-th time. Holds explicit state."""
 
     def __init__(
-        self, lowered: Lowered, times: Sequence[float], labels: Tensor, cache: Cache, streams: Streams
+        self,
+        lowered: Lowered,
+        times: Sequence[float],
+        labels: Tensor,
+        cache: Cache,
+        streams: Streams,
+        lands: Sequence[float] | None = None,
     ) -> None:
         self.lowered = lowered
         self.cache = cache
         self.streams = streams
         denoiser = lowered.denoiser
         house = torch.tensor(list(times), dtype=torch.float64)
+        ends = house if lands is None else torch.tensor(list(lands), dtype=torch.float64)
         self.aligned: list[_Aligned] = []
         self.low: list[ScaleAlignment] = []
         a = None
         if lowered.low is not None:
+            denoiser.refuse_jump("a scale")
             low = lowered.low.alignment(house)
             house = low.time
             self.low = [low.at(k) for k in range(len(house))]
         else:
             a = denoiser.align(lowered.compute, house)
         if a is not None:
-            house = a.time
             columns = (a.input_scale, a.on_state, a.on_coarse, a.on_output)
             self.aligned = [_Aligned(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
-        self.network_times = denoiser.encode(house).float().to(denoiser.device)
+        told = denoiser.encode(house) if self.low else denoiser.told(house, lowered.compute, self._ends(ends))
+        self.network_times = told.float().to(denoiser.device)
         self.labels = labels
         self.table: ModulationTable | SharedRows | None = None
         if lowered.plain is not None:
@@ -156,6 +170,10 @@ class BoundCalls:
                 if id(network) not in made:
                     made[id(network)] = variant(network, key)
                 self.cut.append(made[id(network)])
+
+    def _ends(self, ends: Tensor) -> Tensor | None:
+        """What a flow map is told of landings; nothing for other networks."""
+        return ends if self.lowered.denoiser.config.flow_map else None
 
     def call(self, k: int, x: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor | None]:
         """(value in house sign and the denoiser's kind, variance code or None) for states x (B, C, H, W).
@@ -234,7 +252,7 @@ def packed_pair(
     calls = [
         Call(
             b.scaled(k, x),
-            b.network_times[k].expand(len(x)),
+            b.network_times[k].expand(len(x), *b.lowered.denoiser.pair),
             b.labels,
             b.lowered.denoiser.patch_of(b.lowered.compute),
         )
@@ -268,7 +286,7 @@ class ModulationTable:
         if first != self.first:
             self.first = first
             steps = self.times[first : first + self.chunk]
-            t = steps.repeat_interleave(len(self.unique))
+            t = steps.repeat_interleave(len(self.unique), dim=0)
             self.cached = self.network.modulations(t, self.unique.repeat(len(steps)))
         return self.cached[(k - first) * len(self.unique) : (k - first + 1) * len(self.unique)]
 

@@ -48,18 +48,20 @@ class Evaluator:
         self.keeps_clean = any(g.against == "remembered" for g in guidances)
         self.calls = [calls_of(step) for step in plan.steps]
         self.wanted: dict[Call, list[float]] = {}
+        lands: dict[Call, list[float]] = {}
         self.position: dict[tuple[int, Call], int] = {}
         for evaluation in program.evaluations:
             for call in self.calls[evaluation.step]:
                 times = self.wanted.setdefault(call, [])
                 self.position[evaluation.out, call] = len(times)
                 times.append(evaluation.node.t)
+                lands.setdefault(call, []).append(evaluation.node.t if evaluation.lands is None else evaluation.lands)
         null = torch.full_like(labels, model.num_classes)
         rows = {"cond": labels, "null": null, "weak": labels, "guide": labels}
         self.bound: dict[Call, BoundCalls] = {}
         for call, times in self.wanted.items():
             here = torch.cat([rows[s] for s in call.streams])
-            self.bound[call] = lowered[call].bind(times, here, self.cache, call.streams)
+            self.bound[call] = lowered[call].bind(times, here, self.cache, call.streams, lands[call])
         share_tables([(b, [out for out, c in self.position if c == call]) for call, b in self.bound.items()])
 
     def __call__(self, x: Tensor, evaluation: Eval) -> Output:

@@ -177,6 +177,12 @@ class Plan:
                 raise PlanError(f"step {i} (t={step.t:g}): {error}") from None
         check_references(self, model)
         program = self.program(model)  # the times may turn back, or a solver not work on them
+        jumps = [e.step for e in program.evaluations if e.lands is not None]
+        if jumps and not model.config.flow_map:
+            raise PlanError(
+                f"step {jumps[0]} (t={self.steps[jumps[0]].t:g}): the solver 'jump' is for flow maps, which are told "
+                f"where a step lands; this network is not. Use 'ddim', or distil it with pliant distill"
+            )
         if reuses(self):
             check_reuse(self, program, model)
 

@@ -9,6 +9,7 @@ from pliant.solvers.compiler import check_times, compile_program
 from pliant.solvers.exponential import DDIM, Multistep
 from pliant.solvers.fused import fused_combine
 from pliant.solvers.interpreter import Ask, Evaluate, NetworkOutput, Noise, Output, StepResult, run, stepwise
+from pliant.solvers.jump import Jump
 from pliant.solvers.normal_form import NormalForm, consistency, normal_form, normal_form_of
 from pliant.solvers.pndm import PNDM
 from pliant.solvers.program import Eval, Instruction, LearnedNoise, Lin, Node, Program
@@ -36,6 +37,7 @@ __all__ = [
     "FullNoise",
     "GridSinglestep",
     "Instruction",
+    "Jump",
     "LearnedNoise",
     "Lin",
     "Multistep",

@@ -144,13 +144,16 @@ class ProgramBuilder:
             self.remember(self.evaluate(self.nodes[i]))
         return self.history[0]
 
-    def evaluate(self, node: Node, state: int | None = None, ahead: bool = False) -> Stored:
+    def evaluate(
+        self, node: Node, state: int | None = None, ahead: bool = False, lands: float | None = None
+    ) -> Stored:
         """Emit a network call at `node` on a state register (default: the current state).
 
         ahead: the call is the next step's first one, taken early by a corrector: that step says what it may cost.
+        lands: house time of the jump's end, for flow maps.
         """
         stored = Stored(self._outputs, node, self.state if state is None else state)
-        self._current.append(Eval(stored.out, stored.state, node, step=len(self._steps) + ahead))
+        self._current.append(Eval(stored.out, stored.state, node, step=len(self._steps) + ahead, lands=lands))
         self._outputs += 1
         return stored
 

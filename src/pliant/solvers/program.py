@@ -53,12 +53,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Eval:
-    """`m[out] = evaluate(x[state], this)`. `step` is the plan step that says what the evaluation may cost."""
+    """`m[out] = evaluate(x[state], this)`. `step` is the plan step that says what the evaluation may cost.
+
+    lands: house time that the update from here goes to in one jump, for networks that are told (flow maps); None: the
+    answer is the prediction at `node` itself.
+    """
 
     out: int
     state: int
     node: Node
     step: int
+    lands: float | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pliant.errors import PlanError, suggest
 from pliant.solvers.ancestral import DDPM, FullNoise
 from pliant.solvers.churn import Churn
 from pliant.solvers.exponential import DDIM, Multistep
+from pliant.solvers.jump import Jump
 from pliant.solvers.pndm import PNDM
 from pliant.solvers.rows import Rows
 from pliant.solvers.runge_kutta import RungeKutta
@@ -77,6 +78,7 @@ SOLVERS: dict[str, Entry] = {
     "ddpm": Entry(DDPM, "arXiv 2006.11239"),
     "euler-ancestral": Entry(DDIM, "k-diffusion", {"eta": 1.0}, alias=True),
     "flow-stochastic": Entry(FullNoise, "diffusers FlowMatchEuler(stochastic_sampling)"),
+    "jump": Entry(Jump, "arXiv 2310.02279"),
     "sit-sde": Entry(SiTSDE, "arXiv 2401.08740"),
     # Multistep: exponential integrators in log-SNR.
     "multistep": Entry(Multistep, _DPMPP),

@@ -106,13 +106,14 @@ def _learned_from_dict(data: Any) -> LearnedNoise:
 
 def _instruction_to_dict(op: Instruction) -> dict[str, Any]:
     if isinstance(op, Eval):
-        return {
+        call = {
             "op": "eval",
             "out": op.out,
             "state": op.state,
             "node": _node_to_dict(op.node),
             "step": op.step,
         }
+        return call if op.lands is None else {**call, "lands": op.lands}
     return {
         "op": "lin",
         "out": op.out,
@@ -128,8 +129,10 @@ def _instruction_to_dict(op: Instruction) -> dict[str, Any]:
 def _instruction_from_dict(data: Any) -> Instruction:
     kind = data.get("op") if isinstance(data, Mapping) else None
     if kind == "eval":
-        f = _fields(data, "eval", "op", "out", "state", "node", "step")
-        return Eval(int(f["out"]), int(f["state"]), _node_from_dict(f["node"]), int(f["step"]))
+        names = ("op", "out", "state", "node", "step")
+        f = _fields(data, "eval", *names, *(("lands",) if "lands" in data else ()))
+        lands = _optional(f.get("lands"), _number)
+        return Eval(int(f["out"]), int(f["state"]), _node_from_dict(f["node"]), int(f["step"]), lands)
     if kind == "lin":
         f = _fields(data, "lin", "op", "out", "node", "x", "m", "z", "mu", "learned")
         return Lin(
