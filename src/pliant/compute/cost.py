@@ -60,7 +60,9 @@ class TransformerShape:
     """Hidden features of each site's token router; 0: there are none."""
 
     def __post_init__(self) -> None:
-        positive = ("depth", "width", "heads", "in_channels", "out_channels", "tokens", "frequency_dim", "time_embedders")
+        positive = (
+            "depth", "width", "heads", "in_channels", "out_channels", "tokens", "frequency_dim", "time_embedders",
+        )  # fmt: skip
         for name in (*positive, "cross_tokens", "lora_rank", "classes"):
             value, least = getattr(self, name), int(name in positive)
             if not isinstance(value, int) or value < least:

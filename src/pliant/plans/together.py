@@ -148,7 +148,7 @@ def _unmerged(calls: Sequence[NetworkCall]) -> list[Tensor]:
         batches.append(
             PackedCall(
                 torch.cat([c.bound.scaled(c.k, c.x) for c in members]),
-                torch.cat([c.bound.network_times[c.k].expand(len(c.x), *c.bound.lowered.denoiser.pair) for c in members]),
+                torch.cat([c.bound.network_times[c.k].expand(len(c.x), *denoiser.pair) for c in members]),
                 torch.cat([c.bound.labels for c in members]),
                 denoiser.patch_of(members[0].bound.lowered.compute),
             )
