@@ -23,7 +23,7 @@ from pliant.planning.objective import LEVEL, Remembered, Score
 from pliant.planning.teacher import labels_of
 from pliant.plans import Plan, sample
 
-FRESH = 1_000_000
+FRESH = 1_000_000_000
 """Where the seeds of confirmations begin: no planner draws there."""
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from pliant.errors import PlanError, suggest
+from pliant.planning.boss import boss
+from pliant.planning.gits import gits
+from pliant.planning.oss import oss
 from pliant.planning.result import PlanResult
 from pliant.planning.weak_split import weak_split
 
@@ -19,6 +22,9 @@ defaults. Raises PlanError for a budget below the planner's cheapest plan, namin
 
 PLANNERS: dict[str, Planner] = {
     "weak-split": weak_split,
+    "boss": boss,
+    "gits": gits,
+    "oss": oss,
 }
 
 
