@@ -3,18 +3,11 @@ recipes.
 """
 
 from pliant.evaluation.bootstrap import Interval, bootstrap_interval, resampled_distances
-from pliant.evaluation.evaluate import (
-    EvaluationReport,
-    Measure,
-    assigned_labels,
-    class_accuracy,
-    evaluate,
-    evaluate_batches,
-    evaluate_images,
-)
+from pliant.evaluation.evaluate import assigned_labels, evaluate, evaluate_images
 from pliant.evaluation.features import (
     Classifier,
     FeatureExtractor,
+    SpatialExtractor,
     available_extractors,
     distance_name,
     extract,
@@ -25,6 +18,7 @@ from pliant.evaluation.frechet import (
     frechet_distance,
     frechet_distance_unbiased,
 )
+from pliant.evaluation.gaussian_kernel import gaussian_distance
 from pliant.evaluation.images import (
     ImageSet,
     digits,
@@ -33,14 +27,25 @@ from pliant.evaluation.images import (
     images_from_parquet,
     to_uint8,
 )
+from pliant.evaluation.inception_score import Predictions, inception_score
 from pliant.evaluation.kid import kernel_distance
-from pliant.evaluation.manifold import PrecisionRecall, precision_recall
-from pliant.evaluation.npz import npz_batches, npz_statistics, read_npz, write_npz, write_npz_statistics
-from pliant.evaluation.references import Reference, load_reference, reference_of
+from pliant.evaluation.manifold import DensityCoverage, PrecisionRecall, density_coverage, precision_recall
+from pliant.evaluation.npz import (
+    npz_batches,
+    npz_spatial_statistics,
+    npz_statistics,
+    read_npz,
+    write_npz,
+    write_npz_statistics,
+)
+from pliant.evaluation.processes import Processes
+from pliant.evaluation.references import Reference, load_reference, reference_of, save_reference
+from pliant.evaluation.report import EvaluationReport, Measure
 from pliant.evaluation.statistics import FeatureStatistics
 
 __all__ = [
     "Classifier",
+    "DensityCoverage",
     "EvaluationReport",
     "Extrapolation",
     "FeatureExtractor",
@@ -49,31 +54,37 @@ __all__ = [
     "Interval",
     "Measure",
     "PrecisionRecall",
+    "Predictions",
+    "Processes",
     "Reference",
+    "SpatialExtractor",
     "assigned_labels",
     "available_extractors",
     "bootstrap_interval",
-    "class_accuracy",
+    "density_coverage",
     "digits",
     "distance_name",
     "evaluate",
-    "evaluate_batches",
     "evaluate_images",
     "extract",
     "frechet_distance",
     "frechet_distance_unbiased",
     "from_uint8",
+    "gaussian_distance",
     "get_extractor",
     "images_from_folder",
     "images_from_parquet",
+    "inception_score",
     "kernel_distance",
     "load_reference",
     "npz_batches",
+    "npz_spatial_statistics",
     "npz_statistics",
     "precision_recall",
     "read_npz",
     "reference_of",
     "resampled_distances",
+    "save_reference",
     "to_uint8",
     "write_npz",
     "write_npz_statistics",

@@ -8,93 +8,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pliant.errors import ConfigError, DataError, ShapeError
-from pliant.evaluation.features import Classifier, FeatureExtractor, distance_name, extract
+from pliant.evaluation.features import FeatureExtractor, SpatialExtractor, distance_name
 from pliant.evaluation.frechet import frechet_distance, frechet_distance_unbiased
+from pliant.evaluation.gaussian_kernel import gaussian_distance
 from pliant.evaluation.images import ImageSet, to_uint8
 from pliant.evaluation.kid import kernel_distance
-from pliant.evaluation.manifold import precision_recall
+from pliant.evaluation.manifold import density_coverage, precision_recall
+from pliant.evaluation.processes import ALONE, Processes
 from pliant.evaluation.references import Reference
-from pliant.evaluation.statistics import SAME_SPACE, FeatureStatistics
+from pliant.evaluation.report import DENSITY_NEIGHBOURS, NEIGHBOURS, OTHERS, EvaluationReport, Measure
+from pliant.evaluation.statistics import SAME_SPACE
+from pliant.evaluation.streaming import KEPT_FEATURES, Measured
 
 # (labels (B,) int64, seeds) -> images (B, C, H, W) float in [-1, 1]; image i depends on labels[i] and
 # seeds[i] only.
 Sampler = Callable[[Tensor, list[int]], Tensor]
 ClassSampling = Literal["balanced", "random", "none"]
-NEIGHBOURS = 3  # of the precision/recall balls
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number per repeat (disjoint seeds)."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.values) / len(self.values)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over repeats; None for a single one."""
-        n = len(self.values)
-        return (sum((v - self.mean) ** 2 for v in self.values) / (n - 1)) ** 0.5 if n > 1 else None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": self.std, "values": list(self.values)}
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g}" if self.std is None else f"{self.mean:.4g} ± {self.std:.2g}"
-
-
-@dataclass(frozen=True)
-class EvaluationReport:
-    """What was measured and how. `metric` is the only name `distance` may be quoted under."""
-
-    metric: str  # e.g. "Fréchet distance (digits-classifier)"
-    distance: Measure  # each value from recipe["images"] images
-    extrapolated: float | None  # `distance` for infinitely many samples, from all images; None if there are too few
-    kernel: Measure | None  # unbiased kernel distance; None without reference features, as precision and recall
-    precision: Measure | None
-    recall: Measure | None
-    class_accuracy: Measure | None  # share of images that the extractor's classifier sees as what was asked for
-    recipe: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, text, lists and dicts, ready for JSON."""
-        names = ("distance", "kernel", "precision", "recall", "class_accuracy")
-        measures = {n: m.to_dict() if (m := getattr(self, n)) is not None else None for n in names}
-        return {
-            "metric": self.metric,
-            **measures,
-            "extrapolated": self.extrapolated,
-            "recipe": dict(self.recipe),
-        }
-
-    def __str__(self) -> str:
-        space = self.recipe.get("extractor", "")
-        lines = [f"{self.metric}: {self.distance}"]
-        if self.distance.std is not None:
-            lines[0] += f"  (mean ± standard deviation of {len(self.distance.values)} repeats with disjoint seeds)"
-        if self.extrapolated is not None:
-            lines.append(f"  extrapolated to infinitely many samples: {self.extrapolated:.4g}")
-        for name, measure in (
-            (f"kernel distance ({space})", self.kernel),
-            (f"precision ({space}, k={NEIGHBOURS})", self.precision),
-            (f"recall ({space}, k={NEIGHBOURS})", self.recall),
-            (f"class accuracy ({space})", self.class_accuracy),
-        ):
-            if measure is not None:
-                lines.append(f"  {name}: {measure}")
-        lines.append("recipe")
-        lines += [f"  {k}: {v}" for k, v in self.recipe.items()]
-        return "\n".join(lines)
 
 
 def assigned_labels(seeds: Sequence[int], num_classes: int | None, sampling: ClassSampling = "balanced") -> Tensor:
@@ -122,22 +57,25 @@ def sampled_batches(
     labels: Tensor,
     batch: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Tensor]:
-    """Calls the sampler batch by batch and yields uint8 images (<= batch, C, H, W); `progress(done, total)`
-    after each.
+    processes: Processes = ALONE,
+) -> Iterator[tuple[int, Tensor]]:
+    """Calls the sampler batch by batch and yields (place of the first, uint8 images (<= batch, C, H, W)).
 
-    Raises ConfigError for a batch below 1, ShapeError/DataError for what the sampler returns.
+    Of several processes, each takes every so-manieth batch: the batches, and so the images, are those of one process.
+    `progress(done, total)` after each. Raises ConfigError for a batch below 1, ShapeError/DataError for what the
+    sampler returns.
     """
     if batch < 1:
         raise ConfigError(f"the batch must hold at least one image, got {batch}")
-    for start in range(0, len(seeds), batch):
+    starts = range(processes.rank * batch, len(seeds), processes.size * batch)
+    for number, start in enumerate(starts):
         part = list(seeds[start : start + batch])
         images = sampler(labels[start : start + batch], part)
         if images.ndim != 4 or len(images) != len(part):
             raise ShapeError(f"the sampler returned {tuple(images.shape)} for {len(part)} seeds; expected (B, C, H, W)")
-        yield to_uint8(images.detach().cpu())
+        yield start, to_uint8(images.detach().cpu())
         if progress is not None:
-            progress(start + len(part), len(seeds))
+            progress(len(seeds) if number + 1 == len(starts) else (number + 1) * processes.size * batch, len(seeds))
 
 
 def evaluate(
@@ -153,14 +91,15 @@ def evaluate(
     repeats: int = 1,
     describe: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> EvaluationReport:
     """Draw `repeats` x `num` images with the seeds first_seed, first_seed + 1, ... and measure them against
     `reference`.
 
     num: images per repeat, the n of every distance; num_classes: None for an unconditional model; describe:
-    facts for the recipe that only the caller knows (model, solver, NFE, guidance, plan hash). Class accuracy
-    is measured when the extractor is a `Classifier` of as many classes.  Raises ConfigError, DataError or
-    ShapeError.
+    facts for the recipe that only the caller knows (model, solver, NFE, guidance, plan hash); processes: who shares the
+    work, all of which call this and get the same report. Class accuracy is measured when the
+    extractor is a `Classifier` of as many classes.  Raises ConfigError, DataError or ShapeError.
     """
     if num < 2 or repeats < 1:
         raise ConfigError(f"expected num >= 2 and repeats >= 1, got {num} and {repeats}")
@@ -173,17 +112,18 @@ def evaluate(
         "class_sampling": rule[class_sampling].format(n=num_classes) if conditional else "none (unconditional)",
         **(describe or {}),
     }
-    batches = sampled_batches(sampler, seeds, labels, batch, progress)
+    batches = sampled_batches(sampler, seeds, labels, batch, progress, processes)
     fits = conditional and getattr(extractor, "num_classes", None) == num_classes
-    return evaluate_batches(
-        batches,
-        reference,
-        extractor,
-        labels=labels if fits else None,
-        groups=labels if conditional and class_sampling == "balanced" else None,
-        repeats=repeats,
-        describe=facts,
-    )
+    parts = _measure(batches, extractor, num, repeats, labels if fits else None)
+    gathered = processes.gather(parts)
+    report = None
+    if gathered is not None:
+        for others in gathered[1:]:
+            for part, other in zip(gathered[0], others, strict=True):
+                part.merge(other)
+        groups = labels if conditional and class_sampling == "balanced" else None
+        report = _report(gathered[0], reference, extractor, groups, facts)
+    return processes.share(report)
 
 
 def evaluate_images(
@@ -195,72 +135,102 @@ def evaluate_images(
     repeats: int = 1,
     describe: Mapping[str, Any] | None = None,
 ) -> EvaluationReport:
-    """Measure images that exist already, such as `read_npz(path)`; their labels are not used, for they may be
-    of another data set than the extractor's. See `evaluate`."""
+    """Measure images that exist already, such as `read_npz(path)`, cut into `repeats` equal consecutive parts; their
+    labels are not used, for they may be of another data set than the extractor's.
+
+    Raises DataError when the images do not divide into the parts or the reference was made by another extractor.
+    """
+    if repeats < 1 or len(images) % repeats or len(images) < 2 * repeats:
+        raise DataError(f"{len(images)} images do not make {repeats} equal repeats of at least two images")
     facts = {"samples": images.name, "samples_sha256": images.fingerprint(), **(describe or {})}
-    return evaluate_batches(images.batches(batch), reference, extractor, repeats=repeats, describe=facts)
+    batches = ((k * batch, part) for k, part in enumerate(images.batches(batch)))
+    parts = _measure(batches, extractor, len(images) // repeats, repeats, None)
+    return _report(parts, reference, extractor, None, facts)
 
 
-def evaluate_batches(
-    batches: Iterable[Tensor],
+def _measure(
+    batches: Iterable[tuple[int, Tensor]],
+    extractor: FeatureExtractor,
+    num: int,
+    repeats: int,
+    labels: Tensor | None,
+) -> list[Measured]:
+    """One `Measured` per repeat from (place, images); a batch may reach into the next repeat."""
+    parts = [Measured() for _ in range(repeats)]
+    for start, images in batches:
+        for first in range(start - start % num, start + len(images), num):
+            low, high = max(start, first), min(start + len(images), first + num)
+            own = None if labels is None else labels[low:high]
+            parts[first // num].add(extractor, images[low - start : high - start], low - first, own)
+    return parts
+
+
+def _report(
+    parts: Sequence[Measured],
     reference: Reference,
     extractor: FeatureExtractor,
-    *,
-    labels: Tensor | None = None,
-    groups: Tensor | None = None,
-    repeats: int = 1,
-    describe: Mapping[str, Any] | None = None,
+    groups: Tensor | None,
+    facts: Mapping[str, Any],
 ) -> EvaluationReport:
-    """Measure a stream of uint8 batches (B, C, H, W), cut into `repeats` equal consecutive parts.
-
-    labels: (N,) classes that were asked for, in the extractor's numbering, or None; groups: (N,) classes that
-    were balanced on purpose, which the extrapolation then respects.  Raises DataError when the images do not
-    divide into the parts or the reference was made by another extractor.
-    """
-    features = extract(extractor, batches)
-    if repeats < 1 or len(features) % repeats or len(features) < 2 * repeats:
-        raise DataError(f"{len(features)} images do not make {repeats} equal repeats of at least two images")
-    parts = features.split(len(features) // repeats)
+    """groups: (N,) classes that were balanced on purpose, which the extrapolation then respects."""
+    num = parts[0].moments.n
     # The three facts that must agree with the reference's.
     space = dict(zip(SAME_SPACE, (extractor.name, extractor.fingerprint, extractor.preprocessing), strict=True))
-    statistics = [FeatureStatistics.of(p, space) for p in parts]
-    distance = Measure(tuple(frechet_distance(s, reference.statistics) for s in statistics))
-    enough = len(features) >= 4 * extractor.dim
-    extrapolated = frechet_distance_unbiased(features, reference.statistics, groups).value if enough else None
-
-    real = reference.features
-    kernel = precision = recall = None
-    if real is not None and min(len(real), len(parts[0])) > NEIGHBOURS:
-        kernel = Measure(tuple(kernel_distance(p, real) for p in parts))
-        both = [precision_recall(real, p, NEIGHBOURS) for p in parts]
-        precision, recall = Measure(tuple(b.precision for b in both)), Measure(tuple(b.recall for b in both))
+    distance = Measure(tuple(frechet_distance(p.moments.statistics(space), reference.statistics) for p in parts))
+    whole = num <= KEPT_FEATURES and num * len(parts) >= 4 * extractor.dim
+    extrapolated = None
+    if whole:
+        features = torch.cat([p.features for p in parts])
+        extrapolated = frechet_distance_unbiased(features, reference.statistics, groups).value
     recipe: dict[str, Any] = {
         **space,
-        "images": len(parts[0]),
-        "repeats": repeats,
+        "images": num,
+        "repeats": len(parts),
         "reference": reference.name,
         "reference_images": reference.statistics.n or "not stated by the file",
         "reference_sha256": reference.statistics.provenance.get("reference_sha256", "unknown"),
-        "reference_features": 0 if real is None else len(real),
-        **(describe or {}),
+        "reference_features": 0 if reference.features is None else len(reference.features),
+        "sample_features": min(num, KEPT_FEATURES),
     }
-    accuracy = _class_accuracy(extractor, parts, labels)
+    if isinstance(extractor, SpatialExtractor):
+        recipe["spatial_features"] = extractor.spatial_name
+    recipe |= {"pliant": _version(), "torch": str(torch.__version__), **facts}
     return EvaluationReport(
-        distance_name(extractor), distance, extrapolated, kernel, precision, recall, accuracy, recipe
+        distance_name(extractor), distance, extrapolated, **_others(parts, reference, space), recipe=recipe
     )
 
 
-def class_accuracy(predicted: Tensor, asked: Tensor) -> float:
-    """Share of samples classified as asked; both (N,) int64.  Raises ShapeError when they differ in length or
-    are empty.
-    """
-    if predicted.shape != asked.shape or predicted.ndim != 1 or len(asked) == 0:
-        raise ShapeError(f"expected two equal lists of classes, got {tuple(predicted.shape)} and {tuple(asked.shape)}")
-    return float((predicted == asked).double().mean())
+def _others(parts: Sequence[Measured], reference: Reference, space: dict[str, str]) -> dict[str, Measure | None]:
+    """Every measure beside the distance, None where it cannot be had."""
+    found: dict[str, Measure | None] = dict.fromkeys(OTHERS)
+
+    def keep(name: str, values: Iterable[float]) -> None:
+        found[name] = Measure(tuple(values))
+
+    real = reference.features
+    if real is not None and min(len(real), parts[0].moments.n) > DENSITY_NEIGHBOURS:
+        samples = [p.features for p in parts]
+        keep("kernel", (kernel_distance(x, real) for x in samples))
+        keep("gaussian", (gaussian_distance(x, real) for x in samples))
+        shares = [precision_recall(real, x, NEIGHBOURS) for x in samples]
+        keep("precision", (s.precision for s in shares))
+        keep("recall", (s.recall for s in shares))
+        balls = [density_coverage(real, x, DENSITY_NEIGHBOURS) for x in samples]
+        keep("density", (b.density for b in balls))
+        keep("coverage", (b.coverage for b in balls))
+    if reference.spatial is not None:
+        spatial = [p.spatial for p in parts if p.spatial is not None]
+        if len(spatial) == len(parts):
+            keep("spatial", (frechet_distance(s.statistics(space), reference.spatial) for s in spatial))
+    predictions = [p.predictions for p in parts if p.predictions is not None]
+    if len(predictions) == len(parts):
+        keep("score", (p.score for p in predictions))
+    if all(p.asked for p in parts):
+        keep("class_accuracy", (p.right / p.asked for p in parts))
+    return found
 
 
-def _class_accuracy(extractor: FeatureExtractor, parts: Sequence[Tensor], labels: Tensor | None) -> Measure | None:
-    if labels is None or not isinstance(extractor, Classifier):
-        return None
-    asked = labels.split(len(parts[0]))
-    return Measure(tuple(class_accuracy(extractor.classify(p), a) for p, a in zip(parts, asked, strict=True)))
+def _version() -> str:
+    from pliant import __version__
+
+    return __version__

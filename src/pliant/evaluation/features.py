@@ -22,6 +22,11 @@ from pliant.evaluation.images import from_uint8
 from pliant.evaluation.networks import ConvClassifier, ConvClassifierConfig
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "extractors"
+INCEPTION = "inception-v3-pool3"
+ENCODERS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
+"""The networks that DINOv2 distances (Stein et al. 2023) and CMMD (Jayasumana et al. 2024) are quoted for."""
+SPATIAL_CHANNELS = 7
+"""Of sFID (Nash et al. 2021, arXiv 2103.03841), so that its features are about as many as the pooled ones."""
 
 
 @runtime_checkable
@@ -56,8 +61,22 @@ class Classifier(FeatureExtractor, Protocol):
     @property
     def num_classes(self) -> int: ...
 
-    def classify(self, features: Tensor) -> Tensor:
-        """features: (B, dim) -> most likely class (B,) int64."""
+    def logits(self, features: Tensor) -> Tensor:
+        """features: (B, dim) -> class logits (B, num_classes)."""
+        ...
+
+
+@runtime_checkable
+class SpatialExtractor(FeatureExtractor, Protocol):
+    """An extractor that also gives features that still know where things are in the image."""
+
+    @property
+    def spatial_name(self) -> str:
+        """Which ones, e.g. "mixed_6/conv, first 7 channels"."""
+        ...
+
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images: (B, C, H, W) float in [-1, 1] -> (B, dim) features and (B, E) spatial features, from one pass."""
         ...
 
 
@@ -86,22 +105,32 @@ class ClassifierExtractor:
         self.dim, self.num_classes = network.config.widths[-1], network.config.num_classes
         h, w = network.config.input_size
         self.preprocessing = f"8-bit, bicubic antialiased to {h}x{w} unless that size"
+        self.spatial_name = f"first stage at {h // 2}x{w // 2}, first {SPATIAL_CHANNELS} channels"
         self._network = network.eval().requires_grad_(False)
 
     def __call__(self, images: Tensor) -> Tensor:
+        return self.both(images)[0]
+
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = fitted(images, self.config.in_channels, self.config.input_size)
+        x = x.to(self._network.head.weight.device)
         with torch.inference_mode():
-            return self._network.features(x.contiguous(memory_format=torch.channels_last)).clone()
+            maps = self._network.activations(x.contiguous(memory_format=torch.channels_last))
+            return maps[-1].mean(dim=(2, 3)).clone(), maps[0][:, :SPATIAL_CHANNELS].flatten(1).clone()
+
+    def logits(self, features: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self._network.head(features.to(self._network.head.weight.device)).clone()
 
     def classify(self, features: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return self._network.head(features).argmax(1).clone()
+        """features: (B, dim) -> most likely class (B,) int64."""
+        return self.logits(features).argmax(1)
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """Activations after every stage, each (B, C, h, w); differentiable with respect to the images."""
         return self._network.activations(fitted(images, self.config.in_channels, self.config.input_size))
 
-    def to(self, device: torch.device) -> ClassifierExtractor:
+    def to(self, device: str | torch.device) -> ClassifierExtractor:
         """Moves the network in place and returns self."""
         self._network.to(device)
         return self
@@ -138,26 +167,33 @@ class ClassifierExtractor:
 def available_extractors() -> tuple[str, ...]:
     """Names that `get_extractor` knows."""
     shipped = [p.parent.name for p in ASSETS.glob("*/config.json")]
-    return (*sorted(shipped), "inception-v3-pool3")
+    return (*sorted(shipped), INCEPTION, *ENCODERS)
 
 
 @lru_cache(maxsize=4)
-def get_extractor(name: str) -> FeatureExtractor:
-    """A shipped extractor or "inception-v3-pool3" (needs torch-fidelity).  Raises ConfigError for other
-    names.
+def get_extractor(name: str, device: str = "cpu") -> FeatureExtractor:
+    """A shipped extractor, "inception-v3-pool3" (needs torch-fidelity), or a vision encoder of transformers: "dinov2",
+    "clip", "hf:<Hub id>", or a folder with its config.json.
+
+    Raises ConfigError for other names, PliantError for a missing package, FormatError for unusable files.
     """
-    if name == "inception-v3-pool3":
+    if name == INCEPTION:
         from pliant.evaluation.inception import InceptionPool3
 
-        return InceptionPool3.load()
+        return InceptionPool3.load().to(device)
+    if name in ENCODERS or name.startswith("hf:") or (Path(name) / "config.json").is_file():
+        from pliant.evaluation.encoders import VisionEncoder
+
+        return VisionEncoder.load(ENCODERS.get(name, name.removeprefix("hf:"))).to(device)
     if name not in available_extractors():
-        raise ConfigError(f"unknown feature extractor {name!r}; {suggest(name, available_extractors())}")
-    return ClassifierExtractor.load(ASSETS / name)
+        known = suggest(name, available_extractors())
+        raise ConfigError(f"unknown feature extractor {name!r}; {known} Others: hf:<Hub id>, or a folder")
+    return ClassifierExtractor.load(ASSETS / name).to(device)
 
 
 def distance_name(extractor: FeatureExtractor) -> str:
     """What the Fréchet distance in this space may be called."""
-    kind = "FID" if extractor.name == "inception-v3-pool3" else "Fréchet distance"
+    kind = "FID" if extractor.name == INCEPTION else "Fréchet distance"
     return f"{kind} ({extractor.name})"
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pliant.errors import FormatError, PliantError
-from pliant.evaluation.features import fitted
+from pliant.evaluation.features import SPATIAL_CHANNELS, fitted
 from pliant.evaluation.images import to_uint8
 
 MODULE = "torch_fidelity.feature_extractor_inceptionv3"
@@ -49,16 +49,26 @@ def _torch_fidelity_inception() -> Any:
 
 
 class InceptionPool3:
-    """2048 features per image; resizing to 299x299 is the TensorFlow 1 bilinear rule inside
-    torch-fidelity.
+    """2048 features per image; resizing to 299x299 is the TensorFlow 1 bilinear rule inside torch-fidelity.
+
+    Logits are without bias, as the Inception score of ADM and torch-fidelity takes them (1008 classes). The spatial
+    features are those of sFID: TensorFlow's mixed_6/conv, the first branch of torch-fidelity's Mixed_6d.
     """
 
     name = "inception-v3-pool3"
     dim = 2048
+    num_classes = 1008
     preprocessing = "8-bit, TensorFlow-1 bilinear to 299x299 (torch-fidelity)"
+    spatial_name = f"mixed_6/conv, first {SPATIAL_CHANNELS} channels"
 
     def __init__(self, network: torch.nn.Module, fingerprint: str) -> None:
         self._network, self.fingerprint = network, fingerprint
+        self._spatial: Tensor | None = None
+
+        def keep(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+            self._spatial = output
+
+        network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(keep)
 
     @classmethod
     def load(cls, weights: str | Path | None = None) -> InceptionPool3:
@@ -89,9 +99,29 @@ class InceptionPool3:
         return cls(network, fingerprint)
 
     def __call__(self, images: Tensor) -> Tensor:
-        x = fitted(images, 3, (images.shape[-2], images.shape[-1]))
+        return self.both(images)[0]
+
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = to_uint8(fitted(images, 3, (images.shape[-2], images.shape[-1]))).contiguous()
         with torch.inference_mode():
-            return self._network(to_uint8(x).contiguous())[0].clone()
+            features = self._network(x.to(self._weight.device))[0].clone()
+            spatial, self._spatial = self._spatial, None
+        if spatial is None:
+            raise PliantError("torch-fidelity's Inception no longer calls Mixed_6d; use version 0.3 or 0.4")
+        # Channels last, as TensorFlow flattens them: ADM's stored mu_s and sigma_s have that order.
+        return features, spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float().clone()
+
+    def logits(self, features: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return (features.to(self._weight) @ self._weight.T).clone()
+
+    @property
+    def _weight(self) -> Tensor:
+        return self._network.get_submodule("fc").get_parameter("weight")
+
+    def to(self, device: str | torch.device) -> InceptionPool3:
+        self._network.to(device)
+        return self
 
 
 def _file_name(module: Any) -> str:

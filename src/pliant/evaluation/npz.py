@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from pliant.errors import DataError, FormatError, ShapeError
+from pliant.evaluation.features import INCEPTION
 from pliant.evaluation.images import ImageSet
 from pliant.evaluation.statistics import FeatureStatistics
+from pliant.files import replaced_file
 
 BROKEN = (
     OSError,
@@ -124,29 +126,51 @@ def read_npz(path: str | Path) -> ImageSet:
 
 
 def npz_statistics(path: str | Path) -> FeatureStatistics | None:
-    """The stored `mu`, `sigma`, or None. In ADM's reference files they cover the whole data set while `arr_0`
-    is only a part of it (for precision and recall), and they are Inception pool3 statistics, so that is
-    stated.
+    """The stored `mu`, `sigma`, or None. In ADM's reference files they cover the whole data set while `arr_0` is only a
+    part of it (for precision and recall); ADM, pytorch-fid and clean-fid store Inception pool3 statistics under these
+    names, so that is stated.
 
     Raises FormatError for arrays that cannot be a mean and a covariance.
     """
-    path = Path(path)
-    if not {"mu", "sigma"} <= _keys(path):
+    return _statistics(Path(path), "mu", "sigma")
+
+
+def npz_spatial_statistics(path: str | Path) -> FeatureStatistics | None:
+    """ADM's `mu_s`, `sigma_s` of sFID's features, or None.  Raises FormatError."""
+    return _statistics(Path(path), "mu_s", "sigma_s")
+
+
+def _statistics(path: Path, mu: str, sigma: str) -> FeatureStatistics | None:
+    if not {mu, sigma} <= _keys(path):
         return None
     try:
-        mean, cov = (torch.from_numpy(_array(path, key).astype(np.float64)) for key in ("mu", "sigma"))
-        return FeatureStatistics(None, mean, cov, {"extractor": "inception-v3-pool3", "reference": path.name})
+        mean, cov = (torch.from_numpy(_array(path, key).astype(np.float64)) for key in (mu, sigma))
+        return FeatureStatistics(None, mean, cov, {"extractor": INCEPTION, "reference": path.name})
     except (ShapeError, DataError, TypeError) as e:
-        raise FormatError(f"{path}: mu and sigma are not usable statistics ({e})") from e
+        raise FormatError(f"{path}: {mu} and {sigma} are not usable statistics ({e})") from e
 
 
-def write_npz_statistics(path: str | Path, statistics: FeatureStatistics) -> None:
-    """`mu` and `sigma` as ADM's and pytorch-fid's evaluators read them. They are by convention Inception
-    pool3's.
+def write_npz_statistics(
+    path: str | Path, statistics: FeatureStatistics, spatial: FeatureStatistics | None = None
+) -> None:
+    """`mu` and `sigma` (and `mu_s`, `sigma_s`) as the evaluators of ADM, pytorch-fid and clean-fid read them. They are
+    by convention Inception pool3's.
 
     Raises DataError for statistics of another extractor, which a reader could not tell apart.
     """
-    if statistics.provenance.get("extractor") != "inception-v3-pool3":
+    if statistics.provenance.get("extractor") != INCEPTION:
         raise DataError("an .npz of mu and sigma is understood as Inception statistics; use FeatureStatistics.save")
-    with open(path, "wb") as file:
-        np.savez(file, mu=statistics.mean.numpy(), sigma=statistics.cov.numpy())
+    arrays = {"mu": statistics.mean.numpy(), "sigma": statistics.cov.numpy()}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.cov.numpy()}
+    with replaced_file(path) as temporary, open(temporary, "wb") as file:  # so numpy does not append ".npz"
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def npz_length(path: str | Path) -> int | None:
+    """How many images `arr_0` holds, or None without it.  Raises FormatError."""
+    path = Path(path)
+    if "arr_0" not in _keys(path):
+        return None
+    with _open(path, "arr_0") as (_, member):
+        return member.shape[0] if member.shape else 0

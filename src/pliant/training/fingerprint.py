@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pliant.denoiser import Denoiser
+from pliant.files import tensors_sha256
 
 # Settings that may differ without changing what a step computes.
 HARMLESS = frozenset({"steps", "checkpoint", "sampling", "log_every", "output", "resume"})
@@ -17,11 +18,7 @@ HARMLESS = frozenset({"steps", "checkpoint", "sampling", "log_every", "output", 
 
 def weights_hash(denoiser: Denoiser) -> str:
     """SHA-256 of all weights by name: the same whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(denoiser.network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_sha256(denoiser.network.state_dict())
 
 
 def frozen_hash(network: nn.Module) -> str:
