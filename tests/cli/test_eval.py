@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from pliant.cli.intervals import bootstrap, student
+import pliant
 from support.cli import Run, refused
 
 pytest.importorskip("sklearn")
@@ -23,6 +26,10 @@ def test_report(flexible: Path, run: Run) -> None:
     assert report["interval"]["low"] <= report["distance"]["mean"] <= report["interval"]["high"]
     assert "bootstrap" in report["interval"]["how"]
     recipe = report["recipe"]
+    assert recipe["NFE"] == 2 and recipe["network_calls"] == 2 and recipe["guidance"] == [1.0]
+    assert len(recipe["extractor_sha256"]) == len(recipe["reference_sha256"]) == 64
+    assert recipe["pliant"] == pliant.__version__
+    assert recipe["class_sampling"] == "balanced (seed mod 3)"
     assert recipe["images"] == 20
     assert recipe["seeds"].startswith("5..24")
     assert recipe["reference"] == "digits (test)"
@@ -37,8 +44,13 @@ def test_repeats_and_text(flexible: Path, run: Run) -> None:
     for words in (
         "Fréchet distance (digits-classifier)",
         "recipe",
-        "95 % interval",
-        "Student, 2 repeats",
+        "interval",
+        "95%, Student, 2 repeats",
+        "density",
+        "Inception score",
+        "spatial Fréchet distance",
+        "NFE: 2",
+        "guided_channels: none guided",
         "weights_sha256",
     ):
         assert words in done.out
@@ -52,23 +64,35 @@ def test_refusals(flexible: Path, latent: Path, run: Run) -> None:
     refused(run("eval", flexible, "--steps", 2, "--reference", "digits", "--budget", "1%"), "below the cheapest")
 
 
-def test_student_quantiles() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    for freedom in (1, 2, 5, 10, 11, 15, 30, 200):
-        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-3)
+def test_guided_channels_and_drawn_classes_are_in_the_recipe(flexible: Path, run: Run) -> None:
+    options = ("--guidance", 1.5, "--guided-channels", 1, "--random-classes", "--json")
+    recipe = run("eval", flexible, *FAST, *options).json["recipe"]
+    assert recipe["guidance"] == [1.5] and recipe["guided_channels"] == ["1"]
+    assert recipe["network_calls"] == 4 and recipe["NFE"] == 2
+    assert "hash of the seed" in recipe["class_sampling"]
 
 
-def test_bootstrap_knows_that_classes_are_balanced() -> None:
-    """Two classes far apart: resampled one by one, their shares would vary and the spread be far too large."""
-    from pliant.evaluation import FeatureStatistics, Reference, frechet_distance
+def test_reference_statistics_kept_in_a_file_give_the_same_distance(flexible: Path, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "digits.safetensors"
+    first = run("eval", flexible, *FAST, "--save-reference", file, "--json").json
+    again = run("eval", flexible, "--steps", 2, "--reference", file, "--num", 20, "--json").json
+    assert again["distance"] == first["distance"]
+    assert again["recipe"]["reference_sha256"] == first["recipe"]["reference_sha256"]
+    assert again["kernel"] is None and first["kernel"] is not None
+    refused(run("eval", flexible, *FAST, "--save-reference", tmp_path / "x.npz"), "Inception")
+    refused(run("eval", flexible, *FAST, "--save-reference", tmp_path / "x.pt"), ".safetensors")
 
-    def draw(seed: int, n: int, shift: float = 0.5) -> torch.Tensor:
-        rows = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
-        rows[::2] += 10
-        return rows + shift
 
-    reference = Reference("two clouds", FeatureStatistics.of(draw(999, 20_000, shift=0)))
-    real = [frechet_distance(FeatureStatistics.of(draw(k, 400)), reference.statistics) for k in range(40)]
-    spread = float(torch.tensor(real).std())
-    assert bootstrap(draw(0, 400), reference, 2).standard_error == pytest.approx(spread, rel=0.3)
-    assert bootstrap(draw(0, 400), reference, 1).standard_error > 4 * spread
+def test_two_processes_measure_like_one(flexible: Path, run: Run) -> None:
+    arguments = [str(a) for a in ("eval", flexible, *FAST, "--repeats", 2, "--batch-size", 6, "--json")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "pliant.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = json.loads(done.stdout), run(*arguments).json
+    assert two["recipe"] == one["recipe"]
+    for name in ("distance", "spatial", "kernel", "gaussian", "density", "coverage", "precision", "recall", "score"):
+        assert two[name]["values"] == pytest.approx(one[name]["values"], rel=1e-9), name
+    assert two["class_accuracy"] == one["class_accuracy"]  # None: the model has 3 classes, the classifier 10

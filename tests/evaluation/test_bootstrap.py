@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pliant.errors import ConfigError, DataError, ShapeError
 from pliant.evaluation import FeatureStatistics, bootstrap_interval, frechet_distance, resampled_distances
-from pliant.evaluation.bootstrap import resampled_counts
+from pliant.evaluation.bootstrap import resampled_counts, student_interval, student_quantile
 
 
 def drawn(n: int, dim: int, seed: int) -> Tensor:
@@ -74,6 +74,19 @@ def test_fast_enough_for_a_search() -> None:
     begun = time.process_time()
     bootstrap_interval(x, reference)
     assert time.process_time() - begun < 2.0  # measured: 0.1 s
+
+
+def test_student_against_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 3, 4, 7, 10, 31, 200):
+        for p in (0.6, 0.95, 0.975):
+            assert student_quantile(p, freedom) == pytest.approx(stats.t.ppf(p, freedom), rel=1e-9)
+    values = [1.0, 2.0, 4.0, 3.5]
+    found = student_interval(values, 0.9)
+    low, high = stats.t.interval(0.9, 3, sum(values) / 4, stats.sem(values))
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9)
+    with pytest.raises(DataError, match="at least two"):
+        student_interval([1.0], 0.9)
 
 
 def test_refusals() -> None:

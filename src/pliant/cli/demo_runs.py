@@ -175,14 +175,15 @@ def judge(rows: list[Row], setting: Setting, stored: dict[str, Any] | None) -> J
     """Fill in the distances: measured here, or shipped with the model. None if there are neither."""
     import torch
 
-    from pliant.cli.intervals import bootstrap
-    from pliant.evaluation import distance_name, get_extractor, load_reference
+    from pliant.evaluation import bootstrap_interval, distance_name, get_extractor, load_reference
 
     if setting.reference and rows[0].images >= ENOUGH:
         extractor = get_extractor(setting.extractor)
         reference = load_reference(setting.reference, extractor)
         for row in rows:
-            found = bootstrap(torch.cat(row.features), reference, row.sampler.model.num_classes)
+            features = torch.cat(row.features)
+            classes = torch.arange(len(features)) % row.sampler.model.num_classes
+            found = bootstrap_interval(features, reference.statistics, level=0.95, groups=classes)
             row.distance = Distance(found.value, max(0.0, found.low), found.high)
         return Judgement(distance_name(extractor), rows[0].images, True)
     if stored is None or not all(_recall(row, setting, stored) for row in rows):
@@ -195,17 +196,19 @@ def judge(rows: list[Row], setting: Setting, stored: dict[str, Any] | None) -> J
 
 def _recall(row: Row, setting: Setting, stored: dict[str, Any]) -> bool:
     """Fill in the distance that was measured for this very plan when the model was made; False if there is none."""
-    from pliant.cli.intervals import student
+    from pliant.evaluation import student_interval
 
     asked = {"steps": setting.steps, "solver": setting.solver, "guidance": setting.guidance or 1.0}
     if any(stored["settings"].get(key) != value for key, value in asked.items()):
         return False
     for found in stored["rows"].values():
         if found["family"] in ("full", "weak first") and found["flops"] == row.cost.flops:
-            distance = found["report"]["distance"]
-            count = len(distance["values"])
-            reach = student(count - 1) * distance["std"] / count**0.5 if count > 1 else 0.0
-            row.distance = Distance(distance["mean"], max(0.0, distance["mean"] - reach), distance["mean"] + reach)
+            values = found["report"]["distance"]["values"]
+            if len(values) < 2:
+                row.distance = Distance(values[0], values[0], values[0])
+                return True
+            interval = student_interval(values, 0.95)
+            row.distance = Distance(interval.value, max(0.0, interval.low), interval.high)
             return True
     return False
 

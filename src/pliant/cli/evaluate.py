@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json, progress
-from pliant.cli.intervals import interval
 from pliant.cli.planning import PlanOptions, cost_facts, own_precision, plan_from
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pliant.evaluation import EvaluationReport, FeatureExtractor, Reference
+    from pliant.cli.models import Opened
+    from pliant.plans import Plan
 
 EXAMPLES = """\b
 Examples:
@@ -24,11 +25,11 @@ Examples:
   pliant eval digits --plan plan.json --reference digits --num 1000 --repeats 3
   pliant eval cifar10 --reference cifar10-train.parquet --extractor cifar10-classifier --num 2000
   pliant eval dit-xl --decode sd-vae --reference VIRTUAL_imagenet256.npz --extractor inception --num 50000
+  pliant eval digits --reference digits:train --save-reference digits-train.safetensors
+  accelerate launch -m pliant.cli eval cifar10 --reference cifar10-train.parquet --num 50000
 """
 
 ALIASES = {"inception": "inception-v3-pool3"}
-BOOTSTRAP_DIM = 256
-"""Largest feature for which a hundred resampled distances take seconds."""
 
 
 def register(app: typer.Typer) -> None:
@@ -41,19 +42,29 @@ def evaluate(
         str,
         typer.Option(
             "--reference",
-            help="digits, a folder, a Parquet file, an ADM .npz, or saved statistics.",
+            help="digits, a folder, a Parquet file, an .npz (ADM's, pytorch-fid's, clean-fid's), or saved statistics.",
             show_default=False,
         ),
     ],
     extractor: Annotated[
         str | None,
         typer.Option(
-            "--extractor", help="digits-classifier, cifar10-classifier, inception. Default: by the image size."
+            "--extractor",
+            help="digits-classifier, cifar10-classifier, inception, dinov2, clip, hf:<Hub id>, or a folder of a "
+            "transformers model. Default: by the image size.",
+            show_default=False,
         ),
     ] = None,
     num: Annotated[int, typer.Option("--num", min=2, help="Images per repeat.")] = 2000,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Repeats with other seeds, for an interval.")] = 1,
     seed: opt.Seed = 0,
+    random_classes: Annotated[
+        bool, typer.Option("--random-classes", help="Draw the classes instead of taking them in turn.")
+    ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save-reference", help="Keep the reference's statistics: .safetensors, or .npz for Inception."),
+    ] = None,
     plan: opt.PlanFile = None,
     budget: opt.Budget = None,
     steps: opt.Steps = None,
@@ -77,11 +88,16 @@ def evaluate(
 ) -> None:
     """Sample a model and measure the images against real ones.
 
-    The Fréchet distance is named after the network whose features it uses; only Inception's is an FID. Distances
-    depend on the number of images: compare equal numbers only.
+    Beside the Fréchet distance: kernel distances, precision and recall, density and coverage, spatial distance,
+    Inception score and class accuracy, as far as extractor and reference allow. The distance is named after the network
+    whose features it uses; only Inception's is an FID. Distances depend on the number of images: compare equal numbers
+    only. Started by accelerate launch or torchrun, the processes share the seeds, and the numbers are those of one.
     """
-    from pliant.cli.models import open_model, weights_hash
-    from pliant.evaluation import get_extractor, load_reference
+    from pliant.cli.models import open_model
+    from pliant.evaluation import evaluate as run
+    from pliant.evaluation import get_extractor, load_reference, save_reference
+    from pliant.evaluation.processes import started
+    from pliant.plans import Sampler
 
     choices = PlanOptions(
         budget=budget,
@@ -98,8 +114,8 @@ def evaluate(
         weak_last=weak_last,
         precision=precision,
     )
-    opened = open_model(model, format, option, device)
-    denoiser = opened.denoiser
+    processes = started()
+    denoiser = (opened := open_model(model, format, option, device or processes.device)).denoiser
     chosen = plan_from(plan, denoiser, choices)
     decoder = None
     if decode is not None:
@@ -108,95 +124,70 @@ def evaluate(
         decoder = open_decoder(decode, denoiser)
     elif denoiser.config.in_channels not in (1, 3):
         raise ConfigError("this model makes latents, which have no features: give --decode with its autoencoder")
-    network = get_extractor(ALIASES.get(name := extractor or _default_extractor(denoiser.sample_shape), name))
-    size = None if decoder else denoiser.config.input_size
-    real = load_reference(reference, network, size=size)
-    solvers = sorted({s.solver.name for s in chosen.steps})
-    cost = cost_facts(chosen, denoiser)
-    describe = {
-        "model": opened.name,
-        "source": opened.source,
-        "weights_sha256": weights_hash(denoiser),
-        "plan": chosen.digest(),
-        "made_as": chosen.provenance,
-        "steps": len(chosen.steps),
-        "solver": ", ".join(solvers),
-        "guidance": sorted({s.guidance.scale if s.guidance else 1.0 for s in chosen.steps}),
-        "precision": sorted({s.compute.precision or own_precision(denoiser) or "auto" for s in chosen.steps}),
-        "GFLOP_per_image": cost["flops_per_image"] / 1e9,
-        "share_of_full_compute": cost["share"],
-        "batch_size": batch_size,
-        **({"autoencoder": decode} if decode else {}),
-        **_software(),
-    }
-    begun = time.perf_counter()
-    report, features = measure(
-        opened.denoiser, chosen, decoder, real, network, num, repeats, seed, batch_size, describe
-    )
+    name = extractor or _default_extractor(denoiser.sample_shape)
+    network = get_extractor(ALIASES.get(name, name), str(denoiser.device))
+    real = load_reference(reference, network, size=None if decoder else denoiser.config.input_size)
+    if save is not None and processes.main:
+        save_reference(save, real)
+    sampler, begun = Sampler(denoiser, chosen), time.perf_counter()
+
+    def images(labels: Tensor, seeds: list[int]) -> Tensor:
+        drawn = sampler(labels, seeds)
+        return drawn if decoder is None else decoder(drawn)
+
+    with progress("sampling") as advance:
+        report = run(
+            images,
+            real,
+            network,
+            num,
+            batch=batch_size,
+            num_classes=denoiser.num_classes,
+            class_sampling="random" if random_classes else "balanced",
+            first_seed=seed,
+            repeats=repeats,
+            describe=recipe_facts(opened, chosen, decode, batch_size),
+            progress=advance,
+            processes=processes,
+        )
+    if not processes.main:
+        return
     seconds = time.perf_counter() - begun
-    bounds = interval(report.distance, features, real, denoiser.num_classes)
     if json:
-        emit_json({**report.to_dict(), "interval": bounds, "cost": cost, "seconds": seconds})
+        emit_json({**report.to_dict(), "cost": cost_facts(chosen, denoiser), "seconds": seconds})
         return
     print(report)
-    print(f"  seconds: {seconds:.1f}")
-    if bounds is None:
+    print(f"  seconds: {seconds:.1f} on {processes.size} process{'es' if processes.size > 1 else ''}")
+    if report.interval is None:
         print("no interval: give --repeats 3 or more")
-    else:
-        low, high = bounds["low"], bounds["high"]
-        print(f"{report.metric}: {report.distance.mean:.4g}, 95 % interval {low:.4g} to {high:.4g} ({bounds['how']})")
 
 
 def _default_extractor(shape: tuple[int, int, int]) -> str:
     return {(1, 8, 8): "digits-classifier", (3, 32, 32): "cifar10-classifier"}.get(shape, "inception")
 
 
-def _software() -> dict[str, str]:
-    import torch
+def recipe_facts(opened: Opened, plan: Plan, decoder: str | None, batch_size: int) -> dict[str, Any]:
+    """What a reader must know of model and sampling; the evaluation adds extractor, reference, seeds and versions."""
+    from pliant.cli.models import weights_hash
 
-    from pliant import __version__
-
-    return {"pliant": __version__, "torch": str(torch.__version__)}
-
-
-def measure(
-    denoiser: Any,
-    plan: Any,
-    decoder: Any,
-    reference: Reference,
-    extractor: FeatureExtractor,
-    num: int,
-    repeats: int,
-    seed: int,
-    batch_size: int,
-    describe: dict[str, Any],
-) -> tuple[EvaluationReport, list[Tensor]]:
-    """The report, and the samples' features for a bootstrap (only of small extractors)."""
-    from pliant.evaluation import evaluate as run
-    from pliant.evaluation import from_uint8, to_uint8
-    from pliant.plans import Sampler
-
-    sampler = Sampler(denoiser, plan)
-    features: list[Tensor] = []
-
-    def draw(labels: Tensor, seeds: list[int]) -> Tensor:
-        images = sampler(labels, seeds)
-        images = images if decoder is None else decoder(images)
-        if repeats == 1 and extractor.dim <= BOOTSTRAP_DIM:
-            features.append(extractor(from_uint8(to_uint8(images.cpu()))).cpu())
-        return images
-
-    with progress("sampling") as advance:
-        report = run(
-            draw,
-            reference,
-            extractor,
-            num,
-            batch=batch_size,
-            num_classes=denoiser.num_classes,
-            first_seed=seed,
-            repeats=repeats,
-            describe=describe,
-            progress=advance,
-        )
-    return report, features
+    denoiser = opened.denoiser
+    cost = plan.cost(denoiser)
+    guided = [s.guidance for s in plan.steps if s.guidance is not None]
+    return {
+        "model": opened.name,
+        "source": opened.source,
+        "weights_sha256": weights_hash(denoiser),
+        "plan": plan.digest(),
+        "made_as": plan.provenance,
+        "solver": ", ".join(sorted({s.solver.name for s in plan.steps})),
+        "steps": len(plan.steps),
+        "NFE": cost.evaluations,
+        "network_calls": cost.calls,
+        "guidance": sorted({g.scale for g in guided} | ({1.0} if len(guided) < len(plan.steps) else set())),
+        "guided_channels": sorted({str(g.channels or "all") for g in guided}) or "none guided",
+        "precision": sorted({s.compute.precision or own_precision(denoiser) or "auto" for s in plan.steps}),
+        "GFLOP_per_image": cost.flops / 1e9,
+        "share_of_full_compute": cost.share,
+        "batch_size": batch_size,
+        **({"autoencoder": decoder} if decoder else {}),
+    }

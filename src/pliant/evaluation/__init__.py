@@ -2,7 +2,7 @@
 recipes.
 """
 
-from pliant.evaluation.bootstrap import Interval, bootstrap_interval, resampled_distances
+from pliant.evaluation.bootstrap import Interval, bootstrap_interval, resampled_distances, student_interval
 from pliant.evaluation.evaluate import assigned_labels, evaluate, evaluate_images
 from pliant.evaluation.features import (
     Classifier,
@@ -85,6 +85,7 @@ __all__ = [
     "reference_of",
     "resampled_distances",
     "save_reference",
+    "student_interval",
     "to_uint8",
     "write_npz",
     "write_npz_statistics",

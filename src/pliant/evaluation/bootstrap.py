@@ -6,6 +6,8 @@ computed together. 200 resamples of 1000 features of 32 numbers take a fraction 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,3 +115,44 @@ def normal_interval(value: float, error: float, level: float) -> Interval:
     """value +- z * error that a normal law covers with probability `level`."""
     reach = error * float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
     return Interval(value, error, value - reach, value + reach)
+
+
+def student_interval(values: Sequence[float], level: float) -> Interval:
+    """Mean of repeats with other seeds and Student's interval around it.  Raises DataError for a single value."""
+    n = len(values)
+    if n < 2:
+        raise DataError("an interval over repeats needs at least two of them")
+    mean = sum(values) / n
+    error = (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
+    reach = student_quantile((1 + level) / 2, n - 1) * error
+    return Interval(mean, error, mean - reach, mean + reach)
+
+
+def student_quantile(p: float, freedom: int) -> float:
+    """Quantile of Student's t distribution, 0.5 <= p < 1, by bisection of its distribution function.
+
+    The tail beyond t is half the regularised incomplete beta function of freedom / (freedom + t^2) at (freedom / 2,
+    1/2), which is a finite sum of cosines for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4).
+    """
+
+    def below(t: float) -> float:
+        angle = math.atan(t / math.sqrt(freedom))
+        c, term = math.cos(angle) ** 2, 1.0
+        first = 1 if freedom % 2 else 0
+        terms = []
+        for k in range(first, freedom - 1, 2):  # 1, then products of (k)/(k + 1) cos^2
+            terms.append(term)
+            term *= (k + 1) / (k + 2) * c
+        if first:
+            inside = 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * sum(terms))
+        else:
+            inside = math.sin(angle) * sum(terms)
+        return 0.5 + inside / 2
+
+    low, high = 0.0, 1.0
+    while below(high) < p:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < p else (low, middle)
+    return low

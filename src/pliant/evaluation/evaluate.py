@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pliant.errors import ConfigError, DataError, ShapeError
+from pliant.evaluation.bootstrap import Interval, bootstrap_interval, student_interval
 from pliant.evaluation.features import FeatureExtractor, SpatialExtractor, distance_name
 from pliant.evaluation.frechet import frechet_distance, frechet_distance_unbiased
 from pliant.evaluation.gaussian_kernel import gaussian_distance
@@ -30,6 +31,9 @@ from pliant.evaluation.streaming import KEPT_FEATURES, Measured
 # seeds[i] only.
 Sampler = Callable[[Tensor, list[int]], Tensor]
 ClassSampling = Literal["balanced", "random", "none"]
+LEVEL = 0.95
+BOOTSTRAP_DIM = 256
+"""Largest feature for which two hundred resampled distances take seconds."""
 
 
 def assigned_labels(seeds: Sequence[int], num_classes: int | None, sampling: ClassSampling = "balanced") -> Tensor:
@@ -195,9 +199,25 @@ def _report(
     if isinstance(extractor, SpatialExtractor):
         recipe["spatial_features"] = extractor.spatial_name
     recipe |= {"pliant": _version(), "torch": str(torch.__version__), **facts}
-    return EvaluationReport(
-        distance_name(extractor), distance, extrapolated, **_others(parts, reference, space), recipe=recipe
-    )
+    interval, how = _interval(distance, parts[0], reference, groups)
+    others = _others(parts, reference, space)
+    return EvaluationReport(distance_name(extractor), distance, interval, how, extrapolated, **others, recipe=recipe)
+
+
+def _interval(
+    distance: Measure, part: Measured, reference: Reference, groups: Tensor | None
+) -> tuple[Interval | None, str]:
+    """Student's over repeats, or a bootstrap over the samples of a single one."""
+    count = len(distance.values)
+    if count > 1:
+        return student_interval(distance.values, LEVEL), f"{LEVEL:.0%}, Student, {count} repeats with other seeds"
+    n = part.moments.n
+    if n > KEPT_FEATURES or part.features.shape[1] > BOOTSTRAP_DIM:
+        return None, ""
+    if groups is not None and n < 2 * len(groups.unique()):
+        groups = None
+    found = bootstrap_interval(part.features, reference.statistics, LEVEL, groups=groups)
+    return found, f"{LEVEL:.0%}, bootstrap over the samples"
 
 
 def _others(parts: Sequence[Measured], reference: Reference, space: dict[str, str]) -> dict[str, Measure | None]:

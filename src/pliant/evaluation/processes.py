@@ -23,6 +23,14 @@ class Processes:
         """Whether this is the one that reports."""
         return self.rank == 0
 
+    @property
+    def device(self) -> str | None:
+        """The GPU of this process where several share a machine with GPUs; None where there is no choice to make."""
+        import torch
+
+        local = os.environ.get("LOCAL_RANK")
+        return f"cuda:{local}" if self.size > 1 and local is not None and torch.cuda.is_available() else None
+
     def gather(self, value: Any) -> list[Any] | None:
         """Every process's value in order of rank, in the main one; None in the others. All must call it."""
         if self.size == 1:

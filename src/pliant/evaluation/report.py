@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pliant.evaluation.bootstrap import Interval
 from pliant.evaluation.features import ENCODERS, INCEPTION
 from pliant.evaluation.gaussian_kernel import BANDWIDTH, SCALE
 
@@ -45,6 +46,10 @@ class EvaluationReport:
 
     metric: str  # e.g. "Fréchet distance (digits-classifier)"
     distance: Measure  # each value from recipe["images"] images
+    interval: (
+        Interval | None
+    )  # of the distance's mean; None where features are too many or long for a bootstrap
+    interval_how: str  # level and method, "" without one
     extrapolated: float | None  # `distance` for infinitely many samples, from all images; None if too few or too many
     spatial: Measure | None  # Fréchet distance of spatial features; sFID with Inception's
     kernel: Measure | None  # unbiased, cubic kernel; KID with Inception's features
@@ -63,6 +68,7 @@ class EvaluationReport:
         return {
             "metric": self.metric,
             **measures,
+            "interval": None if self.interval is None else {**asdict(self.interval), "how": self.interval_how},
             "extrapolated": self.extrapolated,
             "recipe": dict(self.recipe),
         }
@@ -71,6 +77,8 @@ class EvaluationReport:
         lines = [f"{self.metric}: {self.distance}"]
         if self.distance.std is not None:
             lines[0] += f"  (mean ± standard deviation of {len(self.distance.values)} repeats with disjoint seeds)"
+        if self.interval is not None:
+            lines.append(f"  interval: {self.interval.low:.4g} to {self.interval.high:.4g} ({self.interval_how})")
         if self.extrapolated is not None:
             lines.append(f"  extrapolated to infinitely many samples: {self.extrapolated:.4g}")
         called = titles(self.recipe)
