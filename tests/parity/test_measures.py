@@ -129,4 +129,4 @@ def test_neighbours_of_scikit_learn() -> None:
     assert found.coverage == pytest.approx(inside.any(0).mean(), rel=1e-9)
     shares = precision_recall(Y, X, k)
     assert shares.precision == pytest.approx(inside.any(1).mean(), rel=1e-9)
-    assert shares.recall == pytest.approx((distance.T <= radii(fake)).any(1).mean(), rel=1e-9)
+    assert shares.recall == pytest.approx((radii(fake) >= distance.T).any(1).mean(), rel=1e-9)
