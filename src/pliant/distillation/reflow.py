@@ -6,6 +6,8 @@ Euler step is nearly exact. Errors add up: at many steps a reflowed model is wor
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from pliant.distillation.recipe import PairsPart, Recipe, TrainPart
@@ -23,7 +25,8 @@ class Reflow(Recipe):
     """Make pairs while training, by the frozen model of the round before, instead of storing them; for the labels of
     this data set (its images are not used)."""
     train: TrainPart = TrainPart()
-    time: str = "uniform"
+    time: str | dict[str, Any] = "uniform"
+    """Density of training times."""
     metric: MetricConfig = MetricConfig()
     patches: str = "all"
     """all: a flexible model trains all its patch sizes in turn; own: only its own."""
@@ -48,7 +51,7 @@ class Reflow(Recipe):
             "class_dropout": self.class_dropout,
             "coupling": online if self.online else {"name": "stored"},
         }
-        objective = work.flexible(model, own, self.patches)
+        objective = work.flexible(own, self.patches)
         if self.online:
             return work.train(stage, model, objective, self.train, self.online.model_dump())
         folder = work.pairs(store, model, self.pairs)

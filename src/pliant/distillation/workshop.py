@@ -52,6 +52,7 @@ class Workshop:
     ) -> None:
         """teacher: folder, file, bundled name or Hub id. Raises PliantError if the folder is in use or unwritable."""
         self.teacher, self.folder, self.seed, self.quiet, self.progress = teacher, folder, seed, quiet, progress
+        self._flexible: bool | None = None
         _open(folder, settings, resume)
 
     def pairs(self, stage: str, teacher: str, part: PairsPart) -> str:
@@ -80,11 +81,13 @@ class Workshop:
             invert_images(target, denoiser, plan.build(denoiser), open_data(data, denoiser), progress=advance)
         return str(target)
 
-    def flexible(self, model: str, objective: Mapping[str, Any], patches: str) -> dict[str, Any]:
-        """The objective at all patch sizes in turn, if `patches` is "all" and the model has several."""
+    def flexible(self, objective: Mapping[str, Any], patches: str = "all") -> dict[str, Any]:
+        """The objective at all patch sizes in turn, if `patches` is "all" and the teacher has several."""
         if patches not in ("all", "own"):
             raise ConfigError(f"patches is 'all' or 'own', not {patches!r}")
-        several = patches == "all" and len(load(model).patch_sizes) > 1
+        if self._flexible is None:
+            self._flexible = len(load(self.teacher).patch_sizes) > 1
+        several = patches == "all" and self._flexible
         return {"name": "shared", "own": dict(objective)} if several else dict(objective)
 
     def train(

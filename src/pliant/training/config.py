@@ -15,6 +15,15 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pliant.errors import ConfigError, suggest
+from pliant.training.distill_config import (
+    ConsistencyConfig,
+    EDMConfig,
+    FlowGuidedConfig,
+    InterpolantConfig,
+    PhasedConfig,
+    SegmentsConfig,
+    StepsConfig,
+)
 from pliant.training.flow_config import FlowMatchingConfig as FlowMatchingConfig
 from pliant.training.section import Section
 
@@ -84,7 +93,11 @@ class SharedConfig(Section):
     """Recipe S: the model's own loss at a random patch size per batch."""
 
     name: Literal["shared"]
-    own: Annotated[FlowMatchingConfig | DDPMConfig, Field(discriminator="name")] = FlowMatchingConfig()
+    own: Annotated[
+        FlowMatchingConfig | DDPMConfig | StepsConfig | FlowGuidedConfig | PhasedConfig | SegmentsConfig
+        | ConsistencyConfig,
+        Field(discriminator="name"),
+    ] = FlowMatchingConfig()
     mmd: MMDConfig | None = None
 
 
@@ -159,7 +172,14 @@ ObjectiveConfig = Annotated[
     | DistillConfig
     | ExitDistillConfig
     | DynamicWidthConfig
-    | TokenRouterConfig,
+    | TokenRouterConfig
+    | StepsConfig
+    | FlowGuidedConfig
+    | PhasedConfig
+    | SegmentsConfig
+    | ConsistencyConfig
+    | InterpolantConfig
+    | EDMConfig,
     Field(discriminator="name"),
 ]
 
@@ -240,6 +260,8 @@ class TrainConfig(Section):
     """Of a new network: velocity (default), epsilon (default for ddpm), sample, v_prediction, score."""
     network_time: dict[str, Any] | None = None
     """Of a new network: {scale, offset, reversed}; default 1000*t, or table entries on vp-discrete."""
+    preconditioning: dict[str, Any] | None = None
+    """Make a new network EDM's bare F: {kind: edm, sigma_data: 0.5}. It then predicts samples."""
     objective: ObjectiveConfig = FlowMatchingConfig()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -264,7 +286,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _model_fields(self) -> TrainConfig:
         if self.model.from_ is not None:
-            for name in ("path", "prediction", "network_time"):
+            for name in ("path", "prediction", "network_time", "preconditioning"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` belongs to new networks; a model loaded with `from` brings its own")
         return self
@@ -356,6 +378,7 @@ def _tags(section: type[Section]) -> tuple[Any, ...]:
 _TAGGED: tuple[type[Section], ...] = (
     *(FlowMatchingConfig, DDPMConfig, SharedConfig, DistillConfig, ExitDistillConfig, DynamicWidthConfig),
     TokenRouterConfig,
+    *(StepsConfig, FlowGuidedConfig, PhasedConfig, SegmentsConfig, ConsistencyConfig, InterpolantConfig, EDMConfig),
 )
 
 

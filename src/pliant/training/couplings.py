@@ -18,9 +18,8 @@ from pliant.errors import ConfigError
 from pliant.training.draws import Draws
 
 if TYPE_CHECKING:
-    from pliant.denoiser import Denoiser
     from pliant.paths import Path
-    from pliant.plans import Plan
+    from pliant.training.models import Runner
     from pliant.training.objectives.base import Batch
 
 
@@ -140,14 +139,8 @@ def assignment(x0: Tensor, x1: Tensor, solver: Literal["scipy", "pot"] = "scipy"
 class Online:
     """Pairs made while training: fresh noise, and where the frozen teacher's plan takes it (online reflow)."""
 
-    teacher: Denoiser
-    plan: Plan
+    run: Runner
 
     def __call__(self, batch: Batch, path: Path, draws: Draws) -> Ends:
-        from pliant.plans import Sampler
-
         noise = draws.noise(path, batch.images.shape[1:])
-        start = self.teacher.path.alpha_sigma(self.plan.times[0])
-        scale = float(torch.hypot(start.alpha, start.sigma))  # as seeded start states are scaled
-        sampler = Sampler(self.teacher, self.plan)
-        return Ends(sampler(batch.labels, [0] * len(batch), x=noise * scale), noise)
+        return Ends(self.run(batch.labels, noise * self.run.start_scale), noise)

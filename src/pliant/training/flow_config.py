@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from pliant.errors import ConfigError
 from pliant.training import couplings, losses
+from pliant.training.models import Runner
 from pliant.training.section import Section
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class CouplingConfig(Section):
             return couplings.OptimalTransport(self.solver, self.within_classes)
         if self.name == "online":
             teacher = load_teacher(self.teacher, "coupling.teacher")
-            return couplings.Online(teacher, self.plan.build(teacher))
+            return couplings.Online(Runner(teacher, self.plan.build(teacher)))
         return couplings.Independent()
 
 
@@ -127,9 +128,6 @@ class FlowMatchingConfig(Section):
     metric: MetricConfig = MetricConfig()
     space: Literal["velocity", "epsilon", "sample", "v_prediction", "score"] = "velocity"
     """What is regressed; the network's output is converted to it."""
-
-
-Teacher = Annotated[str, Field(min_length=1)]
 
 
 def load_teacher(source: str | None, key: str) -> Denoiser:

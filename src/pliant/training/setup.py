@@ -16,10 +16,10 @@ from pliant.models.dit import DiT, DiTConfig
 from pliant.paths import (
     NetworkTime,
     Path,
-    TimeDensity,
+    Preconditioning,
+    PredictionType,
     VPDiscrete,
     get_path,
-    get_time_density,
     prediction_type,
 )
 from pliant.training.config import (
@@ -46,6 +46,7 @@ from pliant.training.data import (
     open_images,
 )
 from pliant.training.data.latents import Scaling
+from pliant.training.distill_config import density
 from pliant.training.draws import derived_seed
 from pliant.training.low_rank import add_low_rank
 from pliant.training.objectives import (
@@ -60,6 +61,7 @@ from pliant.training.objectives import (
     SharedPatches,
     TokenDistillation,
 )
+from pliant.training.section import ObjectiveSection
 
 
 def build_denoiser(config: TrainConfig) -> Denoiser:
@@ -117,11 +119,13 @@ def _unfreeze(denoiser: Denoiser, config: ModelConfig) -> Denoiser:
 
 def _new(config: TrainConfig) -> Denoiser:
     path, ddpm = _path(config), _own_objective(config) == "ddpm"
-    prediction = prediction_type(config.prediction or ("epsilon" if ddpm else "velocity"))
+    preconditioning = None if config.preconditioning is None else Preconditioning.from_config(config.preconditioning)
+    usual: PredictionType = "epsilon" if ddpm else "velocity" if preconditioning is None else "sample"
+    prediction = prediction_type(config.prediction or usual)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed("weights", config.seed))
         network = DiT(_dit_config(config.model, learn_sigma=ddpm))
-    return Denoiser(network, path, prediction, _network_time(config, path))
+    return Denoiser(network, path, prediction, _network_time(config, path), preconditioning=preconditioning)
 
 
 def _own_objective(config: TrainConfig) -> str:
@@ -163,11 +167,11 @@ def build_objective(config: TrainConfig, denoiser: Denoiser) -> Objective:
 
 
 def _objective(config: Any, denoiser: Denoiser) -> Objective:
+    if isinstance(config, ObjectiveSection):
+        return config.build(denoiser)
     if isinstance(config, SharedConfig):
         mmd = None if config.mmd is None else MMDBootstrap(**config.mmd.model_dump())
-        own = _objective(config.own, denoiser)
-        assert isinstance(own, (FlowMatching, DDPM))  # for the type checker: the config admits only these
-        return SharedPatches(own, mmd)
+        return SharedPatches(_objective(config.own, denoiser), mmd)
     if isinstance(config, DynamicWidthConfig):
         own = _objective(config.own, denoiser)
         assert isinstance(own, (FlowMatching, DDPM))
@@ -177,16 +181,16 @@ def _objective(config: Any, denoiser: Denoiser) -> Objective:
     if isinstance(config, DDPMConfig):
         return DDPM(dropout)
     if isinstance(config, DistillConfig):
-        return PatchDistillation(_density(config.time) if config.time else None, dropout, config.variance_weight)
+        return PatchDistillation(density(config.time) if config.time else None, dropout, config.variance_weight)
     if isinstance(config, ExitDistillConfig):
-        time = _density(config.time) if config.time else None
+        time = density(config.time) if config.time else None
         times = _plan_times(config.plan, denoiser) if config.plan else ()
         return ExitDistillation(time, times, config.weight, dropout, config.variance_weight)
     if isinstance(config, TokenRouterConfig):
-        time = _density(config.time) if config.time else None
+        time = density(config.time) if config.time else None
         return TokenDistillation(config.keep, config.budget, config.norm, config.entropy, time, dropout)
     if isinstance(config, FlowMatchingConfig):
-        time, coupling, metric = _density(config.time), config.coupling.build(), config.metric.build()
+        time, coupling, metric = density(config.time), config.coupling.build(), config.metric.build()
         return FlowMatching(time, dropout, coupling, metric, prediction_type(config.space))
     raise TypeError(type(config).__name__)  # pragma: no cover - the config's union is closed
 
@@ -205,13 +209,6 @@ def _class_dropout(given: float | None, denoiser: Denoiser) -> float:
     if given is not None and given > 0 and own == 0:
         raise ConfigError("class_dropout needs a null label: give the network `class_dropout` above 0 (DiT: 0.1)")
     return own if given is None else given
-
-
-def _density(given: str | dict[str, Any]) -> TimeDensity:
-    if isinstance(given, str):
-        return get_time_density(given)
-    options = dict(given)
-    return get_time_density(str(options.pop("name", None)), **options)
 
 
 def build_data(config: TrainConfig, denoiser: Denoiser) -> TrainingSet:

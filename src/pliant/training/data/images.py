@@ -109,7 +109,8 @@ class LazyImageSet:
 
 
 def _mirror(images: Tensor, flips: Tensor) -> Tensor:
-    return torch.where(flips[:, None, None, None], images.flip(-1), images) if bool(flips.any()) else images
+    wide = flips.reshape(-1, *[1] * (images.ndim - 1))
+    return torch.where(wide, images.flip(-1), images) if bool(flips.any()) else images
 
 
 def workers() -> int:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pliant.compute import Compute
+from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
 from pliant.training.draws import Draws
-from pliant.training.objectives.base import Batch, Loss
-from pliant.training.objectives.ddpm import DDPM
-from pliant.training.objectives.flow_matching import FlowMatching
+from pliant.training.objectives.base import Batch, Loss, Objective
 from pliant.training.objectives.mmd import mmd_squared
 
 if TYPE_CHECKING:
-    from pliant.denoiser import Denoiser
+    from pliant.denoiser import Prediction
 
 Patch = tuple[int, ...]
 
@@ -97,10 +96,30 @@ def _ddim_step(denoiser: Denoiser, x: Tensor, t: float, s: float, labels: Tensor
 
 
 @dataclass(frozen=True)
-class SharedPatches:
-    """The model's own loss at a random patch size per batch, plus (optionally) the MMD bootstrap."""
+class AtPatch(Denoiser):
+    """A denoiser whose calls run at `patch`, unmerged, unless they name a patch themselves."""
 
-    own: FlowMatching | DDPM
+    patch: Patch = ()
+
+    @staticmethod
+    def of(denoiser: Denoiser, patch: Patch) -> AtPatch:
+        return AtPatch(**{f.name: getattr(denoiser, f.name) for f in fields(Denoiser)}, patch=patch)
+
+    def __call__(self, x: Tensor, t: float | Tensor, cond: Tensor, compute: Compute | None = None) -> Prediction:
+        compute = compute or Compute()
+        if compute.patch is None:
+            compute = replace(compute, patch=(self.patch[0], self.patch[1]), merged=False)
+        return super().__call__(x, t, cond, compute)
+
+
+@dataclass(frozen=True)
+class SharedPatches:
+    """Another objective at a random patch size per batch, plus (optionally) the MMD bootstrap.
+
+    Only the model in training runs at that size: teachers and targets keep theirs.
+    """
+
+    own: Objective
     mmd: MMDBootstrap | None = None
 
     @property
@@ -110,7 +129,7 @@ class SharedPatches:
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Loss:
         patches = model_patches(denoiser)
         patch = choose(patches, draws)
-        own = self.own(denoiser, batch, draws, Compute(patch=patch, merged=False))
+        own = self.own(AtPatch.of(denoiser, patch), batch, draws)
         logs = {**own.logs, f"loss_patch_{'x'.join(map(str, patch))}": own.loss.detach()}
         if self.mmd is None:
             return Loss(own.loss, logs)
