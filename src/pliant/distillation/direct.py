@@ -26,7 +26,7 @@ class Direct(Recipe):
     def run(self, work: Workshop) -> str:
         store = work.pairs("pairs", work.teacher, self.pairs)
         objective = {
-            "name": "steps",
+            "name": "few-steps",
             "plan": self.plan.model_dump(),
             "metric": self.metric.model_dump(),
             "class_dropout": self.class_dropout,

@@ -32,7 +32,7 @@ class InstaFlow(Recipe):
         matching = {"name": "flow_matching", "coupling": {"name": "stored"}, "class_dropout": self.class_dropout}
         reflowed = work.train("reflowed", work.teacher, work.flexible(matching), self.reflow, pairs)
         straight = work.pairs("pairs-reflowed", reflowed, self.reflowed_pairs)
-        steps = {"name": "steps", "plan": self.plan.model_dump()}
+        steps = {"name": "few-steps", "plan": self.plan.model_dump()}
         model = work.train("distilled", reflowed, work.flexible(steps), self.distil, straight)
         if self.perceptual is None:
             return model

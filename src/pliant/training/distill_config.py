@@ -40,7 +40,7 @@ def density(given: str | dict[str, Any]) -> TimeDensity:
 class StepsConfig(ObjectiveSection):
     """Direct distillation to the steps of a plan, from pairs."""
 
-    name: Literal["steps"]
+    name: Literal["few-steps"]
     plan: PlanConfig = PlanConfig(steps=1)
     """The student's: its times and computes are what is trained."""
     metric: MetricConfig = MetricConfig()

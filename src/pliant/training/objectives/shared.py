@@ -105,11 +105,18 @@ class AtPatch(Denoiser):
     def of(denoiser: Denoiser, patch: Patch) -> AtPatch:
         return AtPatch(**{f.name: getattr(denoiser, f.name) for f in fields(Denoiser)}, patch=patch)
 
-    def __call__(self, x: Tensor, t: float | Tensor, cond: Tensor, compute: Compute | None = None) -> Prediction:
+    def __call__(
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        cond: Tensor,
+        compute: Compute | None = None,
+        lands: float | Tensor | None = None,
+    ) -> Prediction:
         compute = compute or Compute()
         if compute.patch is None:
             compute = replace(compute, patch=(self.patch[0], self.patch[1]), merged=False)
-        return super().__call__(x, t, cond, compute)
+        return super().__call__(x, t, cond, compute, lands)
 
 
 @dataclass(frozen=True)
