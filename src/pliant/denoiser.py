@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,6 +26,8 @@ from pliant.adapters.width import DynamicDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, spent_macs
 from pliant.errors import ConfigError, ShapeError
 from pliant.models.dit import DiT, DiTConfig
+from pliant.models.network import Backbone, NetworkConfig, Size, named
+from pliant.models.patches import patch_pair
 from pliant.paths import (
     Match,
     NetworkTime,
@@ -40,7 +44,7 @@ from pliant.paths import (
 if TYPE_CHECKING:
     from pliant.adapters.low_band_denoiser import LowBandDenoiser
 
-Network: TypeAlias = DiT | FlexiDiT | ExitDiT | DynamicDiT | TokenRoutedDiT
+Network: TypeAlias = Backbone | ExitDiT | DynamicDiT | TokenRoutedDiT
 
 
 @dataclass
@@ -95,6 +99,10 @@ class Denoiser:
     """The network is EDM's bare F, told c_noise instead of `network_time`; it was trained to predict "sample"."""
     trained: Trained | None = None
     """The path and prediction the network itself knows, where `path` is another one: see `on_path`."""
+    size: Size | None = None
+    """Of states, where it is not the config's `input_size`: see `at_size`."""
+    extrapolation: str = "none"
+    """How the network meets positions outside the range that it was trained on: see `at_size`."""
     guide: Denoiser | None = None
     """A worse model of the same data, for guidance against it (autoguidance); see `autoguided`."""
     own_plan: dict[str, Any] | None = None
@@ -139,8 +147,8 @@ class Denoiser:
         value, variance = self.split(raw)
         if a is not None:
             value = like(a.on_state, x) * x + like(a.on_output, x) * value
-            if (ratio := self.coarse_ratio(compute)) != (1, 1):
-                value = value + like(a.on_coarse, x) * coarse(x, ratio)
+            if math.prod(ratio := self.coarse_ratio(compute)) != 1:
+                value = value + like(a.on_coarse, x) * coarse(x, patch_pair(ratio))
         return Prediction(value, self.prediction, x, time, self.path, variance)
 
     def exit_predictions(self, x: Tensor, t: float | Tensor, cond: Tensor) -> tuple[Prediction, dict[int, Prediction]]:
@@ -174,6 +182,8 @@ class Denoiser:
             out: Tensor = call(x, steps, cond, compute.patch, leave)
         elif isinstance(self.core, FlexiDiT):
             out = call(x, steps, cond, compute.patch)
+        elif self.core.any_size:
+            out = call(x, steps, cond, self.patch_of(compute), self.extrapolation)
         else:
             if compute.patch not in (None, self.config.patch_size):
                 raise ConfigError(
@@ -270,16 +280,56 @@ class Denoiser:
         low, high = (float(self.trained.path.noise_ratio(t)) for t in self.trained.path.trained_times)
         return low, high
 
+    # Other sizes --------------------------------------------------------------------------------------------------
+
+    def at_size(self, size: Sequence[int], extrapolation: str | None = None) -> Denoiser:
+        """The same model of states of another size, (H, W) in its own pixels; without channels.
+
+        extrapolation: how positions outside the trained range are met ("none", "ntk", "yarn", ...; None: as now). A
+        size that the model was not trained on draws a warning. Raises ShapeError, with the nearest size that works, for
+        one that a patch size does not divide, and for networks of one size.
+        """
+        wanted = tuple(size)
+        method = self.extrapolation if extrapolation is None else extrapolation
+        self.core.check_size(wanted)
+        self.core.check_extrapolation(method)
+        reason = self.core.beyond(wanted)
+        if reason is not None:
+            hint = f"with position extrapolation {method!r}" if method != "none" else "without position extrapolation"
+            message = f"size {named(wanted)} is outside what this model was trained on ({reason}), {hint}"
+            warnings.warn(message, stacklevel=2)
+        own = None if wanted == tuple(self.config.input_size) else wanted
+        guide = None if self.guide is None else self.guide.at_size(wanted, extrapolation)
+        return replace(self, size=own, extrapolation=method, guide=guide)
+
     # What the network is ------------------------------------------------------------------------------------------
 
     @property
-    def config(self) -> DiTConfig:
+    def config(self) -> NetworkConfig:
         return self.network.config
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one state."""
-        return (self.config.in_channels, *self.config.input_size)
+    def dit_config(self) -> DiTConfig:
+        """The config of a DiT. Raises ConfigError for another architecture."""
+        return self.dit.config
+
+    @property
+    def sample_size(self) -> Size:
+        """Of one state without its channels: (H, W)."""
+        return self.size or tuple(self.config.input_size)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one state; (C, T, H, W) of videos, (C, L) of signals."""
+        return (self.config.in_channels, *self.sample_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W). Raises ConfigError for a model of anything but images."""
+        size = self.sample_size
+        if len(size) != 2:
+            raise ConfigError(f"this needs a model of images; this one has states of {named(self.sample_shape)}")
+        return self.config.in_channels, size[0], size[1]
 
     @property
     def num_classes(self) -> int:
@@ -298,10 +348,17 @@ class Denoiser:
         return list(names) if names else [str(i) for i in range(self.num_classes)]
 
     @property
-    def core(self) -> DiT | FlexiDiT:
+    def core(self) -> Backbone:
         """The network without its exits or routers."""
-        added = ExitDiT | DynamicDiT | TokenRoutedDiT
-        return self.network.base if isinstance(self.network, added) else self.network
+        return self.network if isinstance(self.network, Backbone) else self.network.base
+
+    @property
+    def dit(self) -> DiT | FlexiDiT:
+        """`core` as a DiT. Raises ConfigError for another architecture."""
+        core = self.core
+        if not isinstance(core, DiT | FlexiDiT):
+            raise ConfigError(f"this needs a DiT; the model is a {core.family} network")
+        return core
 
     @property
     def exit_depths(self) -> tuple[int, ...]:
@@ -319,7 +376,7 @@ class Denoiser:
         self.network.check_patch(compute.patch)
         return depth
 
-    def network_for(self, compute: Compute) -> DiT | FlexiDiT:
+    def network_for(self, compute: Compute) -> Backbone:
         """What a compute runs: the network without exits, one of exit + 1 blocks (`exit_network`), or one on a smaller
         grid. Of a network with routed width the base, from which `width_variants` are cut."""
         if compute.scale is not None:
@@ -331,11 +388,11 @@ class Denoiser:
         return self.network.exit_network(depth)
 
     @property
-    def patch_sizes(self) -> tuple[tuple[int, int], ...]:
+    def patch_sizes(self) -> tuple[Size, ...]:
         """All patch sizes, the powerful (original) one first."""
-        return self.core.patch_sizes if isinstance(self.core, FlexiDiT) else (self.config.patch_size,)
+        return self.core.patch_sizes
 
-    def patch_of(self, compute: Compute) -> tuple[int, int]:
+    def patch_of(self, compute: Compute) -> Size:
         """The patch size a compute means for this network. Raises ConfigError if the network does not have it."""
         if compute.patch is None:
             return self.config.patch_size
@@ -371,7 +428,7 @@ class Denoiser:
         pixels = 1
         core = self.core
         if isinstance(core, FlexiDiT) and compute.patch is not None:
-            pixels = core.aligned_pixels(self.patch_of(compute))
+            pixels = core.aligned_pixels((compute.patch[0], compute.patch[-1]))
         if pixels != 1 and isinstance(core, FlexiDiT):
             return alignment(path, kind, t, pixels, core.spec.missing_power, self.preconditioning)
         return None if self.preconditioning is None else preconditioned(path, self.preconditioning, t)
@@ -384,10 +441,10 @@ class Denoiser:
             raise ConfigError("this compute asks for no scale")
         return LowBandDenoiser(self, compute.scale)
 
-    def coarse_ratio(self, compute: Compute) -> tuple[int, int]:
+    def coarse_ratio(self, compute: Compute) -> Size:
         """How much coarser this compute's patches are, per axis."""
         patch, own = self.patch_of(compute), self.config.patch_size
-        return patch[0] // own[0], patch[1] // own[1]
+        return tuple(p // o for p, o in zip(patch, own, strict=True))
 
     # What it costs ------------------------------------------------------------------------------------------------
 
@@ -398,26 +455,14 @@ class Denoiser:
         if leave is not None and isinstance(self.network, ExitDiT):
             config = self.network.exit_config(leave)
         if compute.scale is not None:
-            config = coarse_config(config, compute.scale)
-        grid = config.grid(patch)
-        flexible = isinstance(core, FlexiDiT) and core.spec.recipe == "lora"
-        extra = patch != config.patch_size and flexible and not compute.merged
-        return TransformerShape(
-            depth=config.depth,
-            width=config.width,
-            heads=config.heads,
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            patch=patch,
-            tokens=grid[0] * grid[1],
-            mlp_ratio=config.mlp_ratio,
-            lora_rank=core.spec.rank if extra and isinstance(core, FlexiDiT) else 0,
-            classes=config.label_rows,
-            block_heads=config.block_heads,
-            block_hidden=config.block_hidden,
-            time_embedders=2 if config.flow_map else 1,
-            router_hidden=self.network.spec.features(config) if isinstance(self.network, TokenRoutedDiT) else 0,
-        )
+            config = coarse_config(self.dit_config, compute.scale)
+        shape = config.shape(self.size, patch)
+        if isinstance(core, FlexiDiT) and core.spec.recipe == "lora":
+            extra = patch != config.patch_size and not compute.merged
+            shape = replace(shape, lora_rank=core.spec.rank if extra else 0)
+        if isinstance(self.network, TokenRoutedDiT):
+            shape = replace(shape, router_hidden=self.network.spec.features(self.dit_config))
+        return shape
 
     def flops(
         self, compute: Compute | None = None, convention: Convention = MATMUL, t: float | None = None
@@ -469,7 +514,7 @@ class Denoiser:
 
     def identity(self) -> dict[str, Any]:
         """What a plan needs to know to recognise this model: architecture and conventions, not weights."""
-        network: dict[str, Any] = {"dit": self.config.to_dict()}
+        network: dict[str, Any] = {self.core.family: self.config.to_dict()}
         if isinstance(self.core, FlexiDiT):
             network["flex"] = self.core.spec.to_dict()
         if isinstance(self.network, ExitDiT):

@@ -39,7 +39,7 @@ def test_one_side_means_a_square() -> None:
     ("values", "words"),
     [
         ({"patch": [0, 4]}, "positive"),
-        ({"patch": [4]}, "patch"),
+        ({"patch": [2, 2, 2, 2]}, "patch"),
         ({"patch": [2.0, 2.0]}, "patch"),
         ({"patch": True}, "patch"),
         ({"patch": "4"}, "list of sides"),

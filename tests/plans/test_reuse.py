@@ -164,7 +164,7 @@ def test_a_plan_may_change_the_precision_between_steps(make, monkeypatch: pytest
     for name, dtype in (("spy-a", torch.float32), ("spy-b", torch.bfloat16)):
 
         def build(network: DiT, name: str = name, dtype: torch.dtype = dtype) -> DiT:
-            copy = precision._copy(network, dtype)
+            copy = network.in_dtype(dtype)
             inner = copy.forward_modulated
 
             def spy(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

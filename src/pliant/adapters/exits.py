@@ -26,5 +26,5 @@ def attach_exits(denoiser: Denoiser, depths: Iterable[int] = (2, 4), *, gates: G
         raise ConfigError("a network with width routers takes no exits; attach them to its original")
     if isinstance(denoiser.network, TokenRoutedDiT):
         raise ConfigError("a network with token routers takes no exits; attach them to its original")
-    network = ExitDiT(copy.deepcopy(denoiser.core), ExitSpec(depths_of(depths), gates))
+    network = ExitDiT(copy.deepcopy(denoiser.dit), ExitSpec(depths_of(depths), gates))
     return replace(denoiser, network=network.train(denoiser.network.training), forward=None)

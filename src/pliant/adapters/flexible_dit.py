@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.adapters.spec import FlexSpec
-from pliant.errors import ConfigError
+from pliant.compute import Compute
+from pliant.errors import ConfigError, PlanError
 from pliant.models.dit import DiT, DiTConfig, embed_patches
 from pliant.models.layers import LowRank, modulated_norm
+from pliant.models.network import Backbone, Size
 from pliant.models.patches import (
     Resample,
     kernel_projection,
@@ -125,15 +127,18 @@ class PatchMode(nn.Module):
         return torch.addcmul(getattr(self, f"shift_{place}"), x, getattr(self, f"scale_{place}"))
 
 
-class FlexiDiT(nn.Module):
+class FlexiDiT(Backbone):
     """Several patch sizes over one set of blocks. Build with `pliant.flexify`, or from a stored spec."""
+
+    family = "dit"
+    config: DiTConfig
 
     def __init__(self, base: DiT, spec: FlexSpec) -> None:
         """`base` is modified in place in recipe "shared" (its tokeniser moves to the underlying size)."""
         super().__init__()
         spec.check(base.config)
         self.spec = spec
-        self.config: DiTConfig = base.config
+        self.config = base.config
         own = base.config.patch_size
         if spec.recipe == "shared":
             base = _stored_at_underlying(base, spec)
@@ -153,6 +158,14 @@ class FlexiDiT(nn.Module):
     def patch_sizes(self) -> tuple[tuple[int, int], ...]:
         """All sizes that can be run, the original first."""
         return (self.config.patch_size, *self.spec.patch_sizes)
+
+    def plain(self, patch: Size, merged: bool = True, extrapolation: str = "none") -> DiT | None:
+        """The materialised mode; None where adapters stay apart or a LayerNorm cannot be folded."""
+        return None if not merged or self.spec.norm == "layernorm" else self.materialize((patch[0], patch[-1]))
+
+    def check_compute(self, compute: Compute) -> None:
+        if not compute.plain and (not compute.merged or self.spec.norm == "layernorm"):
+            raise PlanError("sites, caches and token subsets need merged adapters and a network without LayerNorms")
 
     def mode(self, patch: tuple[int, int] | None) -> PatchMode | None:
         """The mode of a size; None stands for the untouched base. Raises ConfigError for a size never added."""

@@ -13,6 +13,7 @@ from pliant.adapters import DynamicDiT, ExitDiT, FlexiDiT, FlexSpec
 from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
+from pliant.models.dit import DiT
 from pliant.models.patches import patch_pair
 
 
@@ -33,11 +34,14 @@ def flexify(
         raise ConfigError("flexify comes before token routers: flexify the model without them")
     if isinstance(denoiser.network, FlexiDiT):
         raise ConfigError("this model is flexible already; flexify its original, naming all patch sizes at once")
+    plain = denoiser.network
+    if not isinstance(plain, DiT):
+        raise ConfigError(f"flexify works on a DiT; this model is a {plain.family} network")
     try:
         spec = FlexSpec(tuple(patch_pair(p) for p in patch_sizes), **options)
     except TypeError as error:
         raise ConfigError(f"flexify: {error}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # only the low-rank factors are drawn
-        network = FlexiDiT(copy.deepcopy(denoiser.network), spec)
+        network = FlexiDiT(copy.deepcopy(plain), spec)
     return replace(denoiser, network=network.to(denoiser.device).train(denoiser.network.training))

@@ -44,8 +44,8 @@ class LowBandDenoiser:
         compute = compute or Compute()
         if compute.patch not in (None, self.base.config.patch_size):
             raise ConfigError("a low-band call runs at the model's own patch size; choose a patch or a scale, not both")
-        size, coarse = self.base.config.input_size, self.coarse.config.input_size
-        self.base.config.check_input(x)
+        size, coarse = self.base.dit_config.input_size, self.coarse.dit_config.input_size
+        self.base.dit_config.check_input(x)
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         a = self.alignment(time)
         px = down(x, coarse, self.low.band)
@@ -59,7 +59,7 @@ class LowBandDenoiser:
 
     def alignment(self, t: Tensor) -> ScaleAlignment:
         """How calls at house times t (any shape) on `base.path` are fed and read."""
-        base, native, size = self.base, self.base.native, self.base.config.input_size
+        base, native, size = self.base, self.base.native, self.base.dit_config.input_size
         found = base.match(t)
         inner = low_alignment(
             self.low,
@@ -94,5 +94,5 @@ def low_band(
 
 def plain_network(denoiser: Denoiser) -> DiT:
     """The denoiser's network at its own patch size as a plain DiT, without exits."""
-    core = denoiser.core
+    core = denoiser.dit
     return core.materialize() if isinstance(core, FlexiDiT) else core

@@ -124,9 +124,9 @@ def evaluate(
         decoder = open_decoder(decode, denoiser)
     elif denoiser.config.in_channels not in (1, 3):
         raise ConfigError("this model makes latents, which have no features: give --decode with its autoencoder")
-    name = extractor or _default_extractor(denoiser.sample_shape)
+    name = extractor or _default_extractor(denoiser.image_shape)
     network = get_extractor(ALIASES.get(name, name), str(denoiser.device))
-    real = load_reference(reference, network, size=None if decoder else denoiser.config.input_size)
+    real = load_reference(reference, network, size=None if decoder else denoiser.image_shape[1:])
     if save is not None and processes.main:
         save_reference(save, real)
     sampler, begun = Sampler(denoiser, chosen), time.perf_counter()

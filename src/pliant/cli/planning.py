@@ -167,11 +167,11 @@ def with_precision(plan: Plan, precision: str) -> Plan:
 
 def own_precision(model: Denoiser) -> str:
     """What calls that leave the precision open run in on this machine."""
-    from pliant.models import DiT
+    from pliant.adapters import FlexiDiT
     from pliant.models.precision import resolve_precision
 
     core = model.core
-    return resolve_precision(None, core if isinstance(core, DiT) else core.base)
+    return resolve_precision(None, core.base if isinstance(core, FlexiDiT) else core)
 
 
 def cost_facts(plan: Plan, model: Denoiser) -> dict[str, Any]:

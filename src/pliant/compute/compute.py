@@ -28,7 +28,7 @@ class Compute:
     """
 
     patch: tuple[int, ...] | None = None
-    """Patch sides in latent pixels, (height, width) or (frames, height, width); None: the model's own."""
+    """Patch sides in latent pixels, (height, width), (frames, height, width) or (length,); None: the model's own."""
     merged: bool = True
     """Fold low-rank adapters into the weights: no extra FLOPs, one more copy of the adapted weights."""
     precision: str | None = None
@@ -52,10 +52,10 @@ class Compute:
     def __post_init__(self) -> None:
         patch = self.patch
         if patch is not None and (
-            not isinstance(patch, tuple) or len(patch) not in (2, 3) or not all(_is_positive(side) for side in patch)
+            not isinstance(patch, tuple) or len(patch) not in (1, 2, 3) or not all(_is_positive(side) for side in patch)
         ):
             raise ConfigError(
-                f"compute asks for patch {patch!r}; expected 2 or 3 positive whole numbers as a tuple, "
+                f"compute asks for patch {patch!r}; expected 1 to 3 positive whole numbers as a tuple, "
                 f"e.g. (4, 4). Compute.of(patch=4) accepts a single side."
             )
         if not isinstance(self.merged, bool):

@@ -58,6 +58,10 @@ class TransformerShape:
     """Hidden features that each block's MLP has left; None: int(m*D) everywhere."""
     router_hidden: int = 0
     """Hidden features of each site's token router; 0: there are none."""
+    gated: bool = False
+    """Whether MLPs multiply two first linears (SwiGLU), so that they have three."""
+    modulation_rank: int | None = None
+    """r of adaLN-LoRA: one D -> 6D linear shared by all blocks, and D -> r -> 6D in each; None: D -> 6D in each."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -96,6 +100,18 @@ class TransformerShape:
     def mlp_hidden(self) -> int:
         """Hidden features of the MLP."""
         return int(self.width * self.mlp_ratio)
+
+    @property
+    def mlp_linears(self) -> int:
+        """Linears of one MLP."""
+        return 3 if self.gated else 2
+
+    @property
+    def modulation_macs(self) -> int:
+        """Multiply-adds of all adaLN linears, once per image: six vectors per block and two for the head."""
+        L, D, rank = self.depth, self.width, self.modulation_rank
+        blocks = L * 6 * D * D if rank is None else 6 * D * D + L * (D * rank + rank * 6 * D)
+        return blocks + 2 * D * D
 
     @property
     def total_inner(self) -> int:
@@ -163,15 +179,14 @@ def cost_parts(shape: TransformerShape) -> CostParts:
         patch_embed=N * shape.patch_volume * shape.in_channels * D,
         self_projections=N * 4 * D * inner,
         self_attention=2 * N * N * inner,
-        mlp=N * 2 * D * hidden,
+        mlp=N * shape.mlp_linears * D * hidden,
         cross_projections=cross * L * N * 2 * D * D,
         cross_context=L * M * 2 * D * D,
         cross_attention=L * 2 * N * M * D,
         # Down and up factors of qkv (D -> r -> 3D), the output (D -> r -> D) and the two MLP linears.
         lora=N * rank * ((L * D + 3 * inner) + (inner + L * D) + 2 * (L * D + hidden)),
         final=N * D * shape.patch_volume * shape.out_channels,
-        # Six vectors per block and two for the head, from one conditioning vector per image.
-        modulation=L * 6 * D * D + 2 * D * D,
+        modulation=shape.modulation_macs,
         embedders=shape.time_embedders * (shape.frequency_dim * D + D * D),
         layer_norm=(2 * L + 1) * N * D,
     )
@@ -191,7 +206,13 @@ def parameter_count(shape: TransformerShape) -> int:
     """Trainable parameters, position table (a constant) excluded, low-rank factors included."""
     L, D, inner, hidden = shape.depth, shape.width, shape.total_inner, shape.total_hidden
     attention = 4 * D * inner + 3 * inner + L * D
-    blocks = attention + (2 * D * hidden + hidden + L * D) + L * (6 * D * D + 6 * D)
+    firsts = shape.mlp_linears - 1
+    blocks = attention + ((firsts + 1) * D * hidden + firsts * hidden + L * D)
+    if shape.modulation_rank is None:
+        blocks += L * (6 * D * D + 6 * D)
+    else:
+        rank = shape.modulation_rank
+        blocks += 6 * D * D + 6 * D + L * (D * rank + rank + rank * 6 * D + 6 * D)
     if shape.cross_tokens:
         blocks += L * (4 * D * D + 4 * D)
     blocks += shape.lora_rank * ((L * D + 3 * inner) + (inner + L * D) + 2 * (L * D + hidden))

@@ -43,7 +43,8 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
     mlp = sum(width for i, width in enumerate(hidden) if letters[2 * i + 1] == "R")
     ends = N if routed else rows  # rows of the head
     rank = None if compute.reuse is None else compute.reuse.rank
-    projections, products, seen = queries * 4 * D * attention, rows * 2 * D * mlp, letters.count("R")
+    linears = shape.mlp_linears
+    projections, products, seen = queries * 4 * D * attention, rows * linears * D * mlp, letters.count("R")
     if routed:  # keys and values of all tokens
         projections = (queries + N) * 2 * D * attention
     if rank is not None:  # reused sites still multiply, by matrices of that rank, and attend
@@ -51,7 +52,7 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
         projections += queries * sum(_low(rank, D, 3 * inner[i]) + _low(rank, inner[i], D) for i in again)
         attention += sum(inner[i] for i in again) if rank else 0
         again = [i for i in range(L) if letters[2 * i + 1] == "C"]
-        products += rows * sum(_low(rank, D, hidden[i]) + _low(rank, hidden[i], D) for i in again)
+        products += rows * sum((linears - 1) * _low(rank, D, hidden[i]) + _low(rank, hidden[i], D) for i in again)
         seen = len(letters)
     norms, looks = seen * (N if routed else queries), 2 * queries * keys * attention
     if isinstance(compute.tokens, Pool):
@@ -59,7 +60,7 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
             few = compute.tokens.count(N, s)
             norms -= N - few
             if s % 2:
-                products -= (N - few) * 2 * D * hidden[s // 2]
+                products -= (N - few) * linears * D * hidden[s // 2]
             else:
                 projections -= (N - few) * 4 * D * inner[s // 2]
                 looks -= 2 * (N * N - few * few) * inner[s // 2]

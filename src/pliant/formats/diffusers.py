@@ -272,8 +272,8 @@ def save(
 
     Raises FormatError if diffusers' network would compute something else, unless `allow_inexact`.
     """
-    config = denoiser.config
     plain_network_only(denoiser)
+    config = denoiser.dit_config
     if config.input_size[0] != config.input_size[1] or config.patch_size[0] != config.patch_size[1]:
         raise FormatError(f"diffusers' DiT is square, this model takes {config.input_size}; save it as format 'pliant'")
     if config.mlp_ratio != 4 or config.class_dropout == 0:

@@ -27,6 +27,7 @@ from pliant.errors import FormatError, PliantError
 from pliant.files import replaced_folder, write_json
 from pliant.formats.source import dit_of, meta_dit, owned
 from pliant.models.dit import DiT, DiTConfig
+from pliant.models.network import Family, NetworkConfig, family_of
 from pliant.paths import NetworkTime, Path, Preconditioning, PredictionType, path_from_config, prediction_type
 
 FORMAT, VERSION = "pliant", 1
@@ -105,7 +106,8 @@ def read_config(folder: FilePath) -> dict[str, Any]:
 class Meaning(NamedTuple):
     """A checked config.json."""
 
-    dit: DiTConfig
+    family: Family
+    network: NetworkConfig
     flex: FlexSpec | None
     exits: ExitSpec | None
     width: WidthSpec | None
@@ -136,11 +138,13 @@ def parse(config: dict[str, Any], where: object) -> Meaning:
     if config.get("version") != VERSION:
         raise FormatError(f"{where} has config version {config.get('version')!r}, this Pliant reads version {VERSION}")
     try:
+        kind, network = family_of(config["network"])
         flex, exits, width = (config["network"].get(name) for name in ("flex", "exits", "width"))
         routers = config["network"].get("routers")
         preconditioning, trained = config.get("preconditioning"), config.get("trained")
         return Meaning(
-            dit=DiTConfig.from_dict(config["network"]["dit"]),
+            family=kind,
+            network=network,
             flex=FlexSpec.from_dict(flex) if flex else None,
             exits=ExitSpec.from_dict(exits) if exits else None,
             width=WidthSpec.from_dict(width) if width else None,
@@ -164,7 +168,11 @@ def build(config: dict[str, Any], where: object) -> Denoiser:
     """An untrained denoiser as a config describes it. Raises FormatError naming what is missing or unknown."""
     meaning = parse(config, where)
     try:
-        base = DiT(meaning.dit)
+        base = meaning.family.build(meaning.network)
+        if not isinstance(base, DiT):
+            if (meaning.flex, meaning.exits, meaning.width, meaning.routers) != (None,) * 4:
+                raise FormatError(f"adapters of a DiT on a {base.family} network")
+            return meaning.denoiser(base)
         network: DiT | FlexiDiT = FlexiDiT(base, meaning.flex) if meaning.flex else base
         if meaning.width:
             return meaning.denoiser(DynamicDiT(base, meaning.width))
@@ -213,12 +221,13 @@ def _load(folder: FilePath) -> Denoiser:
     if not file.exists() and (folder / ADAPTER_FILE).exists():
         raise FormatError(f"{folder} holds only an adapter; load its base model first, then pliant.load_adapter")
     tensors = read_tensors(file)
-    if (meaning.flex, meaning.exits, meaning.width, meaning.routers) == (None,) * 4:
-        _check_fit(meta_dit(meaning.dit).state_dict(), tensors, file)
+    plain = (meaning.flex, meaning.exits, meaning.width, meaning.routers) == (None,) * 4
+    if plain and isinstance(meaning.network, DiTConfig):
+        _check_fit(meta_dit(meaning.network).state_dict(), tensors, file)
         names = list(tensors)
         del tensors
         # One mapping per tensor: a single one would keep every page it read, a second copy of the model in memory.
-        network: Network = dit_of(meaning.dit, {name: owned(read_tensor(file, name)) for name in names})
+        network: Network = dit_of(meaning.network, {name: owned(read_tensor(file, name)) for name in names})
         return meaning.denoiser(network)
     denoiser = build(config, folder / CONFIG_FILE)
     assign(denoiser.network, tensors, file)
@@ -253,11 +262,11 @@ def load_adapter(denoiser: Denoiser, folder: str | FilePath) -> Denoiser:
     """
     folder = FilePath(folder)
     config = read_config(folder)
-    wanted, core = build(config, folder / CONFIG_FILE).network, denoiser.core
+    wanted, core = build(config, folder / CONFIG_FILE).network, denoiser.dit
     base = core.base if isinstance(core, FlexiDiT) else core
     if wanted.config != base.config:
         raise FormatError(f"{folder} was made for another architecture than this model; see both with 'pliant info'")
-    if isinstance(wanted, DiT):
+    if not isinstance(wanted, FlexiDiT | ExitDiT | DynamicDiT | TokenRoutedDiT):
         raise FormatError(f"{folder} adds neither patch sizes nor exits nor routers, so it is no adapter")
     if isinstance(wanted, FlexiDiT) and isinstance(denoiser.network, ExitDiT):
         raise FormatError(f"{folder} adds patch sizes, which go below exits; load it first, then the exits")
@@ -268,6 +277,7 @@ def load_adapter(denoiser: Denoiser, folder: str | FilePath) -> Denoiser:
         elif isinstance(wanted, DynamicDiT):
             network = DynamicDiT(base, wanted.spec)
         else:
+            assert isinstance(wanted, ExitDiT | FlexiDiT)  # for the type checker: DiT adapters are these
             network = ExitDiT(core, wanted.spec) if isinstance(wanted, ExitDiT) else FlexiDiT(base, wanted.spec)
         network.load_adapter_state_dict(read_tensors(folder / ADAPTER_FILE))
     except PliantError as error:

@@ -239,8 +239,8 @@ def write(
     allow_inexact: bool,
 ) -> None:
     """Shared by DiT and SiT. `wrong`: what the layout's own meaning would misrepresent."""
-    config = denoiser.config
     plain_network_only(denoiser)
+    config = denoiser.dit_config
     if config.input_size[0] != config.input_size[1] or config.patch_size[0] != config.patch_size[1]:
         raise FormatError(f"official DiTs are square, this one takes {config.input_size}; save it as format 'pliant'")
     if config.frequency_divisor != 128:
@@ -274,7 +274,10 @@ def plain_network_only(denoiser: Denoiser) -> None:
             f"this model was trained on path {denoiser.trained.path.name!r} and is used along {denoiser.path.name!r}; "
             f"only format 'pliant' can hold that. Save the model before on_path"
         )
-    if isinstance(denoiser.network, DynamicDiT) or denoiser.config.block_heads or denoiser.config.block_hidden:
+    if denoiser.core.family != "dit":
+        raise FormatError(f"this model is a {denoiser.core.family} network and only format 'pliant' can hold that")
+    config = denoiser.dit_config
+    if isinstance(denoiser.network, DynamicDiT) or config.block_heads or config.block_hidden:
         raise FormatError("the blocks of this model differ in width and only format 'pliant' can hold that")
     if isinstance(denoiser.network, TokenRoutedDiT):
         raise FormatError("this model has token routers and only format 'pliant' can hold them")

@@ -14,6 +14,7 @@ from torch import Tensor
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, FormatError, suggest
 from pliant.models.dit import SIZES, DiT, DiTConfig
+from pliant.models.network import NetworkConfig, family_of, named
 from pliant.models.positions import patch_positions
 from pliant.paths import NetworkTime, Path, PredictionType, get_path, path_from_config
 
@@ -33,13 +34,18 @@ class Source:
     load: Callable[[], Denoiser]
 
     @property
-    def config(self) -> DiTConfig:
-        return DiTConfig.from_dict(self.identity["network"]["dit"])
+    def config(self) -> NetworkConfig:
+        return family_of(self.identity["network"])[1]
 
     @property
     def architecture(self) -> str:
         """A published name (DiT-XL/2), or the sizes of a network without one."""
-        return architecture(self.config, "SiT" if self.format == "sit" else "DiT")
+        config = self.config
+        if not isinstance(config, DiTConfig):
+            family = next(iter(self.identity["network"]))
+            patch = named(config.patch_size)
+            return f"{family} network of width {config.width}, depth {config.depth}, patch {patch}"
+        return architecture(config, "SiT" if self.format == "sit" else "DiT")
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""

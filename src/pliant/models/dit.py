@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pliant.compute import Compute, TransformerShape
+from pliant.compute.sites import SiteModel
 from pliant.errors import ConfigError, ShapeError, suggest
 from pliant.models.layers import Block, TimestepEmbedder, modulated_norm
+from pliant.models.network import Backbone, Size
 from pliant.models.patches import patch_pair, patchify, token_grid, unpatchify
 from pliant.models.positions import patch_positions
 
@@ -90,6 +93,26 @@ class DiTConfig:
         """Token grid (rows, columns) at a patch size (default: the model's own)."""
         return token_grid(self.input_size, patch or self.patch_size)
 
+    def shape(self, size: Size | None = None, patch: Size | None = None) -> TransformerShape:
+        """A call's shape for the cost model, at a size and patch size (None: own)."""
+        height, width = size or self.input_size
+        rows, columns = patch or self.patch_size
+        grid = token_grid((height, width), (rows, columns))
+        return TransformerShape(
+            depth=self.depth,
+            width=self.width,
+            heads=self.heads,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            patch=(rows, columns),
+            tokens=grid[0] * grid[1],
+            mlp_ratio=self.mlp_ratio,
+            classes=self.label_rows,
+            block_heads=self.block_heads,
+            block_hidden=self.block_hidden,
+            time_embedders=2 if self.flow_map else 1,
+        )
+
     def check_input(self, x: Tensor) -> None:
         """Raises ShapeError unless x is (B, in_channels, *input_size)."""
         if tuple(x.shape[1:]) != (self.in_channels, *self.input_size):
@@ -141,13 +164,15 @@ def embed_patches(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(patchify(x.to(weight.dtype), (ph, pw)), weight.reshape(weight.shape[0], -1), bias)
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """Class-conditional diffusion transformer.
 
     `forward(x (B,C,H,W), t (B,) network time, y (B,) labels)` -> (B, out_channels, H, W). The null label for
     classifier-free guidance is `config.num_classes`. Nothing is dropped inside: training objectives drop labels.
     """
 
+    family = "dit"
+    config: DiTConfig
     positions: Tensor
 
     def __init__(self, config: DiTConfig) -> None:
@@ -237,6 +262,35 @@ class DiT(nn.Module):
         """The blocks' output (B, N, D) and (B, 6*depth + 2, D) -> (B, out_channels, H, W)."""
         tokens = self.head(modulated_norm(tokens, modulations[:, -2], modulations[:, -1], 1e-6))
         return unpatchify(tokens, self.config.grid(), self.config.patch_size)
+
+    @property
+    def modulation_values(self) -> int:
+        return self.modulation.out_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @torch.no_grad()
+    def in_dtype(self, dtype: torch.dtype) -> DiT:
+        with torch.device("meta"):
+            copy = type(self)(self.config)
+        copy.load_state_dict({k: v.to(dtype) for k, v in self.state_dict().items()}, assign=True)
+        copy.positions = self.positions.to(dtype)
+        return copy.requires_grad_(False)
+
+    def site_model(self, size: Size, tokens: bool = False) -> SiteModel:
+        from pliant.models.dit_sites import DiTSites
+        from pliant.models.dit_tokens import DiTTokens
+
+        return (DiTTokens if tokens else DiTSites)(self)
+
+    def check_compute(self, compute: Compute) -> None:
+        """Nothing: a DiT does all of it."""
 
     def with_patch_size(self, patch: tuple[int, int]) -> DiTConfig:
         """This network's config at another patch size."""

@@ -6,6 +6,7 @@ converted, alignment coefficients of every evaluation, and modulation tables for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -26,11 +27,12 @@ from pliant.compute.bands import down, up
 from pliant.compute.cache import Cache, Moment, Streams
 from pliant.compute.executor import Call as SiteCall
 from pliant.compute.lowering import SiteProgram, lower
+from pliant.compute.sites import SiteModel
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.models.dit import DiT
-from pliant.models.dit_sites import DiTSites
-from pliant.models.dit_tokens import DiTTokens
+from pliant.models.network import Backbone
+from pliant.models.patches import patch_pair
 from pliant.models.precision import resolve_precision, variant
 
 TABLE_BYTES = 32 * 2**20
@@ -41,7 +43,7 @@ RawCall = Callable[[Tensor, int], Tensor]
 
 NetworkKey: TypeAlias = tuple[Any, ...]
 """Patch size, exit, scale, merged, precision: computes that agree in these run the same plain network."""
-Networks: TypeAlias = dict[NetworkKey, DiT | None]
+Networks: TypeAlias = dict[NetworkKey, Backbone | None]
 """Plain networks made so far; None where this one cannot be made plain."""
 
 
@@ -64,15 +66,15 @@ class Lowered:
         self.denoiser = denoiser
         self.compute = compute
         networks = {} if networks is None else networks
-        self.grid = (denoiser.patch_of(compute), denoiser.exit_of(compute), compute.scale)
+        self.grid = (denoiser.patch_of(compute), denoiser.exit_of(compute), compute.scale, denoiser.sample_size)
         self.low = None if compute.scale is None else denoiser.low_band(compute)
-        key = (*self.grid, compute.merged, compute.precision)
+        key = (*self.grid[:3], compute.merged, compute.precision, denoiser.extrapolation)
         if key not in networks:
             networks[key] = self._plain_network()
         self.plain = networks[key]
         self.sign = -1.0 if denoiser.native.prediction == "velocity" and denoiser.network_time.sign < 0 else 1.0
         """Of the network's raw output, in house conventions."""
-        self.sites: DiTSites | None = None
+        self.sites: SiteModel | None = None
         self.program: SiteProgram | None = None
         if not compute.plain:
             if self.plain is None:
@@ -82,19 +84,17 @@ class Lowered:
             tokens = compute.tokens is not None or "kv" in compute.write
             if isinstance(compute.tokens, Subset) and compute.tokens.rule == "router":
                 assert isinstance(denoiser.network, TokenRoutedDiT)  # the plan was checked
+                assert isinstance(self.plain, DiT)
                 self.sites = RoutedSites(self.plain, denoiser.network.routers)
             else:
-                self.sites = (DiTTokens if tokens else DiTSites)(self.plain)
+                self.sites = self.plain.site_model(denoiser.sample_size, tokens)
             self.program = lower(compute, len(self.sites.sites))
 
-    def _plain_network(self) -> DiT | None:
-        compute = self.compute
-        network = self.denoiser.network_for(compute)
-        if isinstance(network, FlexiDiT):
-            if not compute.merged or network.spec.norm == "layernorm":
-                return None
-            network = network.materialize(self.denoiser.patch_of(compute))
-        return variant(network, resolve_precision(compute.precision, network))
+    def _plain_network(self) -> Backbone | None:
+        compute, denoiser = self.compute, self.denoiser
+        whole = denoiser.network_for(compute)
+        network = whole.plain(denoiser.patch_of(compute), compute.merged, denoiser.extrapolation)
+        return None if network is None else variant(network, resolve_precision(compute.precision, network))
 
     def bind(
         self,
@@ -196,7 +196,7 @@ class BoundCalls:
     def scaled(self, k: int, x: Tensor) -> Tensor:
         """The network's input for states x."""
         if self.lowered.low is not None:
-            size = self.lowered.low.coarse.config.input_size
+            size = self.lowered.low.coarse.dit_config.input_size
             return down(x, size, self.lowered.low.low.band) * float(self.low[k].input_scale)
         return x * self.aligned[k].input_scale if self.aligned else x
 
@@ -205,15 +205,15 @@ class BoundCalls:
         lowered, denoiser = self.lowered, self.lowered.denoiser
         value, variance = denoiser.split(raw)
         if lowered.low is not None:
-            band, size = lowered.low.low.band, denoiser.config.input_size
+            band, size = lowered.low.low.band, denoiser.dit_config.input_size
             low = down(x, (value.shape[-2], value.shape[-1]), band)
             variance = None if variance is None else up(variance, size, band)
             return read_back(x, low, value, self.low[k], band), variance
         if self.aligned:
             a = self.aligned[k]
             read = x * a.on_state
-            if (ratio := denoiser.coarse_ratio(lowered.compute)) != (1, 1):
-                read.add_(coarse(x, ratio), alpha=a.on_coarse)
+            if math.prod(ratio := denoiser.coarse_ratio(lowered.compute)) != 1:
+                read.add_(coarse(x, patch_pair(ratio)), alpha=a.on_coarse)
             value = read.add_(value.to(x.dtype), alpha=a.on_output)
         return value, variance
 
@@ -254,7 +254,7 @@ def packed_pair(
             b.scaled(k, x),
             b.network_times[k].expand(len(x), *b.lowered.denoiser.pair),
             b.labels,
-            b.lowered.denoiser.patch_of(b.lowered.compute),
+            patch_pair(b.lowered.denoiser.patch_of(b.lowered.compute)),
         )
         for b, k in pairs
     ]
@@ -265,12 +265,12 @@ def packed_pair(
 class ModulationTable:
     """adaLN modulations for known times and labels, many steps at a time: one large product, not many small ones."""
 
-    def __init__(self, network: DiT, network_times: Tensor, labels: Tensor) -> None:
+    def __init__(self, network: Backbone, network_times: Tensor, labels: Tensor) -> None:
         self.network = network
         self.times = network_times
         self.unique, self.inverse = torch.unique(labels, return_inverse=True)
         self.identical = len(self.unique) == 1
-        row_bytes = network.modulation.out_features * network.modulation.weight.element_size()
+        row_bytes = network.modulation_values * network.dtype.itemsize
         self.chunk = max(1, TABLE_BYTES // (row_bytes * len(self.unique)))
         self.first = -1
         self.cached = torch.empty(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
@@ -12,7 +13,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.adapters.width import DynamicDiT
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser
@@ -294,9 +294,7 @@ def _check_network(compute: Compute, model: Denoiser) -> None:
     corrected = "increment" in compute.write or (compute.reuse is not None and compute.reuse.kind == "increment")
     if corrected and compute.precision == "int8d":
         raise PlanError("increments are corrected with parts of the weights, which precision 'int8d' lacks; use 'bf16'")
-    core = model.core
-    if isinstance(core, FlexiDiT) and not compute.plain and (not compute.merged or core.spec.norm == "layernorm"):
-        raise PlanError("sites, caches and token subsets need merged adapters and a network without LayerNorms")
+    model.core.check_compute(compute)
 
 
 def check_guidance(guidance: Guidance, compute: Compute, model: Denoiser) -> None:
@@ -318,7 +316,7 @@ def check_guidance(guidance: Guidance, compute: Compute, model: Denoiser) -> Non
         raise PlanError("the guidance call costs more than the conditional one; guidance compares with a weaker call")
     patch, leave = model.patch_of(compute), model.exit_of(compute)
     coarser, earlier = model.patch_of(reference), model.exit_of(reference)
-    if coarser[0] * coarser[1] < patch[0] * patch[1]:
+    if math.prod(coarser) < math.prod(patch):
         raise PlanError(
             f"the guidance call uses patch {coarser}, finer than the conditional call's {patch}; "
             f"guidance compares with an equal or weaker call"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import replace
 from typing import Any
@@ -44,7 +45,7 @@ def weakest(model: Denoiser) -> Compute:
     """The coarsest patch size the model has. Raises PlanError if it has only one."""
     if len(model.patch_sizes) < 2:
         raise PlanError("this model has one patch size only, so no weak steps; make it flexible with pliant.flexify")
-    return Compute(patch=max(model.patch_sizes, key=lambda p: p[0] * p[1]))
+    return Compute(patch=max(model.patch_sizes, key=math.prod))
 
 
 def weak_to_powerful(

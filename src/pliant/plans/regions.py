@@ -17,6 +17,7 @@ from pliant.compute.subset import Regions
 from pliant.compute.tokens import Tokens
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
+from pliant.models.patches import patch_pair
 from pliant.plans.calls import Call, calls_of
 from pliant.solvers import Eval, Output, Program
 
@@ -33,9 +34,11 @@ def check_tokens(calls: Sequence[Call], model: Denoiser) -> None:
     """Raise PlanError unless a step's calls (the conditional one first) can have the tokens that they ask for."""
     for call in calls:
         own, tokens = call.model(model), call.compute.tokens
+        if tokens is None:
+            continue
         scale = call.compute.scale
-        config = own.config if scale is None else coarse_config(own.config, scale)
-        grid = config.grid(own.patch_of(call.compute))
+        config = own.dit_config if scale is None else coarse_config(own.dit_config, scale)
+        grid = config.grid(patch_pair(own.patch_of(call.compute)))
         if isinstance(tokens, Pool):
             check_grid(tokens, grid)
         elif isinstance(tokens, Merge):
@@ -95,5 +98,5 @@ class RegionKeeper:
             variance = self.regions.complete("variance", variance, partial)
         following = self.following.get(evaluation.out)
         if following in self.subsets:
-            self.regions.choose(value, self.subsets[following], self.patches[following])
+            self.regions.choose(value, self.subsets[following], patch_pair(self.patches[following]))
         return Output(value, variance)

@@ -17,6 +17,7 @@ from pliant.adapters.packing import Approach, choose_packing, packed_forward
 from pliant.adapters.packing import Call as PackedCall
 from pliant.compute.executor import Call as SiteCall
 from pliant.compute.joint import JointCache, Share, can_join
+from pliant.models.patches import patch_pair
 from pliant.plans.engine import Answer, NetworkCall
 
 ROWWISE = (None, "own", "fp32", "bf16", "bf16-mixed")
@@ -53,7 +54,7 @@ def network_key(call: NetworkCall) -> Hashable | None:
     if lowered.compute.precision not in ROWWISE:
         return None
     if lowered.program is None or lowered.sites is None:
-        return "plain", id(bound.cut[call.k] if bound.cut else lowered.plain)
+        return "plain", id(bound.cut[call.k] if bound.cut else lowered.plain), call.x.shape[1:]
     if can_join(lowered.program):
         return "sites", id(lowered.plain), type(lowered.sites), lowered.program, lowered.grid, lowered.sign
     return None
@@ -150,7 +151,7 @@ def _unmerged(calls: Sequence[NetworkCall]) -> list[Tensor]:
                 torch.cat([c.bound.scaled(c.k, c.x) for c in members]),
                 torch.cat([c.bound.network_times[c.k].expand(len(c.x), *denoiser.pair) for c in members]),
                 torch.cat([c.bound.labels for c in members]),
-                denoiser.patch_of(members[0].bound.lowered.compute),
+                patch_pair(denoiser.patch_of(members[0].bound.lowered.compute)),
             )
         )
     if len(batches) == 1:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from pliant.compute.cache import Cache
 from pliant.compute.executor import take_rows
-from pliant.compute.sites import State
+from pliant.compute.sites import SiteModel, State
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
-from pliant.models.dit_sites import DiTSites
 from pliant.plans.calls import Call
 from pliant.plans.evaluator import Evaluator
 from pliant.plans.noise import batch_noise, check_seeds, start_state
@@ -35,7 +34,7 @@ class Seen:
     """The first evaluation of a step, conditional stream: the network as sites, its tokens and its modulations."""
 
     step: int
-    sites: DiTSites
+    sites: SiteModel
     start: State
     """Before the first site, (B, N, D) each."""
     context: Any
@@ -48,14 +47,14 @@ class Seen:
 class _Watcher(Evaluator):
     """An evaluator that shows each evaluation's conditional call before it runs."""
 
-    show: Callable[[Eval, DiTSites, State, Any], None]
+    show: Callable[[Eval, SiteModel, State, Any], None]
 
     def _answers(self, x: Tensor, calls: list[Call], evaluation: Eval) -> list[tuple[Tensor, Tensor | None]]:
         call = calls[0]
         bound, k = self.bound[call], self.position[evaluation.out, call]
         if bound.lowered.plain is None or bound.table is None:
             raise PlanError("calibration needs merged adapters and a network without LayerNorms")
-        sites = DiTSites(bound.lowered.plain)
+        sites = bound.lowered.plain.site_model(bound.lowered.denoiser.sample_size)
         total = len(x) * len(call.streams)
         rows = take_rows(bound.table.rows(k), torch.arange(len(x)), total)
         start, context = sites.begin(bound.scaled(k, x), rows)
@@ -68,7 +67,7 @@ def run_plan(
     model: Denoiser,
     cond: Sequence[int],
     seeds: Sequence[int],
-    show: Callable[[Eval, DiTSites, State, Any], None] | None = None,
+    show: Callable[[Eval, SiteModel, State, Any], None] | None = None,
 ) -> Cache:
     """Sample once; the request's cache, with the gates' decisions. show: sees every evaluation's conditional call."""
     sampler = Sampler(model, plan)
@@ -91,7 +90,7 @@ def watch(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int]
     """Every step's first evaluation of a plan without caching. Keeps the tokens of all steps in memory."""
     found: dict[int, Seen] = {}
 
-    def keep(evaluation: Eval, sites: DiTSites, start: State, context: Any) -> None:
+    def keep(evaluation: Eval, sites: SiteModel, start: State, context: Any) -> None:
         found.setdefault(evaluation.step, Seen(evaluation.step, sites, start, context))
 
     run_plan(plan, model, cond, seeds, keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from pliant.adapters.alignment import coarse
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser
+from pliant.models.patches import patch_pair
 from pliant.plans.engine import Lowered
 from pliant.tasks.streaming.levels import column
 
@@ -77,4 +79,4 @@ class _Group:
             return value
         value = self.on_state * x + self.on_output * value
         ratio = self.model.coarse_ratio(self.compute)
-        return value if ratio == (1, 1) else value + self.on_coarse * coarse(x, ratio)
+        return value if math.prod(ratio) == 1 else value + self.on_coarse * coarse(x, patch_pair(ratio))

@@ -58,13 +58,13 @@ class Latents:
 
 def open_codec(model: Denoiser, autoencoder: str | None = None) -> Codec:
     """The codec of a model. autoencoder: folder or Hub id, for models of latents. Raises ConfigError or FormatError."""
-    channels, height, width = model.sample_shape
+    channels, height, width = model.image_shape
     if autoencoder is None:
         if channels not in (1, 3):
             raise ConfigError(
                 f"this model sees latents of {channels} channels, not images: name its autoencoder (--autoencoder)"
             )
-        return Pixels(model.sample_shape)
+        return Pixels(model.image_shape)
     loaded = load_autoencoder(autoencoder).to(model.device)
     found = getattr(loaded.config, "latent_channels", None)
     if found is not None and found != channels:

@@ -67,7 +67,7 @@ class Stream:
         """
         self.batch = StreamBatch(model, plan, label, guidance, seed, frames)
         self.filter = filter
-        self.codec: Codec = codec or Pixels(model.sample_shape)
+        self.codec: Codec = codec or Pixels(model.image_shape)
         self.reset()
 
     def reset(self) -> None:
