@@ -7,6 +7,7 @@ All matrices are float64, cached, and act on the pixel axis only: never on chann
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
@@ -34,28 +35,39 @@ def patch_name(patch: tuple[int, ...]) -> str:
 
 def token_grid(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     """(H, W) and (ph, pw) -> token grid. Raises ShapeError when the patch does not divide the image."""
-    if size[0] % patch[0] or size[1] % patch[1]:
+    rows, columns = grid_of(size, patch)
+    return rows, columns
+
+
+def grid_of(size: PatchSize, patch: PatchSize) -> PatchSize:
+    """`token_grid` of any number of axes."""
+    if any(n % p for n, p in zip(size, patch, strict=True)):
         raise ShapeError(
-            f"patch size {patch_name(patch)} does not divide the input of {size[0]}x{size[1]}; "
+            f"patch size {patch_name(patch)} does not divide the input of {patch_name(size)}; "
             f"use a divisor of each side"
         )
-    return size[0] // patch[0], size[1] // patch[1]
+    return tuple(n // p for n, p in zip(size, patch, strict=True))
 
 
-def patchify(x: Tensor, patch: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) -> (B, N, C*ph*pw), tokens row-major, channel slowest (the layout of a convolution kernel)."""
-    b, c, h, w = x.shape
-    gh, gw = token_grid((h, w), patch)
-    x = x.reshape(b, c, gh, patch[0], gw, patch[1])
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, gh * gw, c * patch[0] * patch[1])
+def patchify(x: Tensor, patch: PatchSize) -> Tensor:
+    """(B, C, H, W) -> (B, N, C*ph*pw), tokens row-major, channel slowest (the layout of a convolution kernel).
+
+    Any number of axes: (B, C, L), (B, C, T, H, W).
+    """
+    b, c, *size = x.shape
+    grid, axes = grid_of(tuple(size), patch), len(patch)
+    x = x.reshape(b, c, *(n for pair in zip(grid, patch, strict=True) for n in pair))
+    order = (0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))
+    return x.permute(order).reshape(b, math.prod(grid), c * math.prod(patch))
 
 
-def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+def unpatchify(tokens: Tensor, grid: PatchSize, patch: PatchSize) -> Tensor:
     """(B, N, ph*pw*C) -> (B, C, H, W), channel fastest inside a token (the layout of DiT's final linear)."""
     b, _, features = tokens.shape
-    c = features // (patch[0] * patch[1])
-    x = tokens.reshape(b, grid[0], grid[1], patch[0], patch[1], c)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, grid[0] * patch[0], grid[1] * patch[1])
+    axes = len(patch)
+    x = tokens.reshape(b, *grid, *patch, features // math.prod(patch))
+    order = (0, 1 + 2 * axes, *(place for a in range(axes) for place in (1 + a, 1 + axes + a)))
+    return x.permute(order).reshape(b, -1, *(g * p for g, p in zip(grid, patch, strict=True)))
 
 
 def _axis_resize(n_from: int, n_to: int, resample: Resample) -> Tensor:
