@@ -26,6 +26,7 @@ from pliant.adapters.width import DynamicDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, spent_macs
 from pliant.errors import ConfigError, ShapeError
 from pliant.models.dit import DiT, DiTConfig
+from pliant.models.flexible import FlexibleTransformer
 from pliant.models.network import Backbone, NetworkConfig, Size, named
 from pliant.models.patches import patch_pair
 from pliant.paths import (
@@ -141,6 +142,25 @@ class Denoiser:
         told = self.told(time, compute, lands)
         raw = self.run(x if a is None else like(a.input_scale, x) * x, told, cond, compute)
         return self._read(raw, x, time, compute, a)
+
+    def packed(
+        self, xs: Sequence[Tensor], t: Tensor, cond: Tensor, compute: Compute | None = None
+    ) -> list[Prediction]:
+        """Predict at states of several sizes in one pass: xs[g] (B_g, C, *size_g); t and cond (sum of B_g,), in order.
+
+        As a call per group would, up to rounding. Raises ConfigError for networks that take one size only.
+        """
+        core, compute = self.core, compute or Compute()
+        if not isinstance(core, FlexibleTransformer):
+            raise ConfigError(f"a {core.family} network takes states of one size in a call")
+        patch = self.patch_of(compute)
+        times = torch.as_tensor(t, dtype=torch.float64, device=xs[0].device).split([len(x) for x in xs])
+        aligned = [self.align(compute, time) for time in times]
+        scaled = [x if a is None else like(a.input_scale, x) * x for x, a in zip(xs, aligned, strict=True)]
+        told = torch.cat([self.encode(time if a is None else a.time) for time, a in zip(times, aligned, strict=True)])
+        raws = core.forward_packed(scaled, told.to(torch.float32), cond, patch, self.extrapolation)
+        parts = zip(raws, xs, times, aligned, strict=True)
+        return [self._read(raw, x, time, compute, a) for raw, x, time, a in parts]
 
     def _read(self, raw: Tensor, x: Tensor, time: Tensor, compute: Compute, a: Alignment | None) -> Prediction:
         """The network's raw output for states x as a prediction."""

@@ -66,7 +66,7 @@ def generate_pairs(
         "first_seed": wanted.first_seed,
     }
     index = StoreIndex(
-        wanted.count, teacher.sample_shape, wanted.shard_size, teacher.path.to_config(), True, made_by,
+        wanted.count, teacher.image_shape, wanted.shard_size, teacher.path.to_config(), True, made_by,
         tuple(teacher.class_names),
     )  # fmt: skip
     sampler = Sampler(teacher, plan)
@@ -107,7 +107,7 @@ def invert_images(
     total = len(data.labels) if count is None else min(count, len(data.labels))
     made_by = {"teacher": weights_hash(teacher), "plan": back.digest(), "data": _content(data, total)}
     index = StoreIndex(
-        total, teacher.sample_shape, shard_size, teacher.path.to_config(), False, made_by, tuple(data.class_names)
+        total, teacher.image_shape, shard_size, teacher.path.to_config(), False, made_by, tuple(data.class_names)
     )
     sampler = Sampler(teacher, back)
     last = teacher.path.alpha_sigma(back.end)

@@ -184,6 +184,8 @@ def family(name: str) -> Family:
 
 def family_of(network: Mapping[str, Any]) -> tuple[Family, NetworkConfig]:
     """The family and config in a stored description `{family: fields, ...}`. Raises ConfigError if there is none."""
+    if not isinstance(network, Mapping):
+        raise TypeError(f"a network is described by a mapping, not a {type(network).__name__}")
     for name, found in FAMILIES.items():
         if name in network:
             return found, found.parse(network[name])

@@ -77,12 +77,12 @@ def sigmoid_position(t: Tensor, steepness: float = 6.0, start: float = 1.0, end:
 # Shifts: maps of times to times -----------------------------------------------------------------------------------
 
 
-def shifted_times(times: Tensor, shift: float) -> Tensor:
+def shifted_times(times: Tensor, shift: float | Tensor) -> Tensor:
     """SD3's shift `s t / (1 + (s-1) t)` (arXiv 2403.03206): s > 1 spends more steps near noise; 1 changes nothing.
 
-    On the linear path it multiplies the noise ratio by s; the inverse is the shift 1/s.
+    On the linear path it multiplies the noise ratio by s; the inverse is the shift 1/s. A tensor of shifts broadcasts.
     """
-    if shift <= 0:
+    if bool((torch.as_tensor(shift) <= 0).any()):
         raise PlanError(f"the time shift must be positive, got {shift}")
     return shift * times / (1.0 + (shift - 1.0) * times)
 

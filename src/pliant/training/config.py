@@ -46,8 +46,10 @@ class ExitsConfig(Section):
 
 
 class ModelConfig(Section):
-    """A new network (`dit`) or a trained one (`from`); optionally made flexible or given exits."""
+    """A new network (`dit` or `flexible`) or a trained one (`from`); optionally made flexible or given exits."""
 
+    flexible: dict[str, Any] | None = None
+    """Fields of FlexibleConfig: a new native network, for any size and several patch sizes."""
     dit: dict[str, Any] | None = None
     """Fields of DiTConfig; `name: DiT-S/2` fills in a named size first."""
     from_: str | None = Field(default=None, alias="from")
@@ -65,11 +67,27 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
-        if (self.dit is None) == (self.from_ is None):
-            raise ValueError("give either `dit` (a new network) or `from` (a trained model)")
+        if sum(given is not None for given in (self.dit, self.flexible, self.from_)) != 1:
+            raise ValueError("give either `dit` or `flexible` (a new network) or `from` (a trained model)")
+        for name in ("flexify", "exits", "width", "routers"):
+            if self.flexible is not None and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is for a DiT; a flexible network has patch sizes from the start")
         if self.exits is not None and self.from_ is None:
             raise ValueError("`exits` imitate a trained model: give `from`")
         return self
+
+
+class AnySizeConfig(Section):
+    """Rectified flow on samples of any size, packed, at a random patch size per batch: for flexible networks."""
+
+    name: Literal["any_size"]
+    time: str | dict[str, Any] = "logit-normal"
+    """Density of training times, as flow_matching's."""
+    class_dropout: float | None = Field(default=None, ge=0, le=1)
+    shift_pixels: int | None = Field(default=None, ge=1)
+    """Size (pixels of the state) at which times are as drawn; larger states train noisier. null: no shift."""
+    patches: list[float] | None = None
+    """How often each patch size is trained, in the network's order; null: equally."""
 
 
 class DDPMConfig(Section):
@@ -167,6 +185,7 @@ class TokenRouterConfig(Section):
 
 ObjectiveConfig = Annotated[
     FlowMatchingConfig
+    | AnySizeConfig
     | DDPMConfig
     | SharedConfig
     | DistillConfig
@@ -197,6 +216,8 @@ class DataConfig(Section):
     """Mirror half of the samples left-right."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many images."""
+    side: int | None = Field(default=None, ge=1)
+    """Of images of any size: those of more than side*side pixels are shrunk to that area, none is cropped."""
     autoencoder: str | None = None
     """Folder or Hub id of a diffusers autoencoder: train on its latents instead of pixels."""
     latents: str | None = None
@@ -267,8 +288,10 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = Field(ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     """Samples per optimizer step, over all processes and accumulation."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Instead of batch_size, for samples of any size: most tokens per forward pass and process, at the finest patch."""
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step and process."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -282,6 +305,14 @@ class TrainConfig(Section):
     """Folder of the run: checkpoints, metrics.jsonl, TensorBoard events, samples, and `model/` at the end."""
     resume: Literal["latest"] | None = None
     """latest: go on from the newest valid checkpoint in `output` (from the start if there is none)."""
+
+    @model_validator(mode="after")
+    def _batches(self) -> TrainConfig:
+        any_size = isinstance(self.objective, AnySizeConfig)
+        wanted, other = ("tokens", "batch_size") if any_size else ("batch_size", "tokens")
+        if getattr(self, wanted) is None or getattr(self, other) is not None:
+            raise ValueError(f"objective {self.objective.name!r} needs `{wanted}`, and not `{other}`")
+        return self
 
     @model_validator(mode="after")
     def _model_fields(self) -> TrainConfig:
@@ -376,8 +407,8 @@ def _tags(section: type[Section]) -> tuple[Any, ...]:
 
 
 _TAGGED: tuple[type[Section], ...] = (
-    *(FlowMatchingConfig, DDPMConfig, SharedConfig, DistillConfig, ExitDistillConfig, DynamicWidthConfig),
-    TokenRouterConfig,
+    *(FlowMatchingConfig, AnySizeConfig, DDPMConfig, SharedConfig, DistillConfig, ExitDistillConfig),
+    *(DynamicWidthConfig, TokenRouterConfig),
     *(StepsConfig, FlowGuidedConfig, PhasedConfig, SegmentsConfig, ConsistencyConfig, InterpolantConfig, EDMConfig),
 )
 

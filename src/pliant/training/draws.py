@@ -9,7 +9,7 @@ change the result.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,13 +80,23 @@ class Draws:
         """(B, *shape) float32 noise of the path's own law; on Gaussian paths the numbers of `normal`."""
         return self._noise(shape, lambda generator: path.sample_noise((1, *shape), generator)[0])
 
+    def noises(self, path: Path, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """`noise` of rows with shapes of their own: one (*shape) float32 per row. Equal shapes: the same numbers."""
+        draws = self._generators()
+        drawn = [path.sample_noise((1, *shape), generator)[0] for shape, generator in zip(shapes, draws, strict=True)]
+        return [noise.to(self.device, non_blocking=True) for noise in drawn]
+
     def _noise(self, shape: Sequence[int], draw: Callable[[Generator], Tensor]) -> Tensor:
-        self._calls += 1
         out = torch.empty(len(self.rows), *shape)
-        generator = Generator()
-        base = derived_seed("normal", self.seed, self.step, self._calls)
-        for place, row in enumerate(self.rows):
-            # torch's CPU generator uses 32 bits of a seed; an odd multiplier keeps rows distinct.
-            generator.manual_seed((base + 0x9E3779B1 * row) & 0xFFFFFFFF)
+        for place, generator in enumerate(self._generators()):
             out[place] = draw(generator)
         return out.to(self.device, non_blocking=True)
+
+    def _generators(self) -> Iterator[Generator]:
+        """One generator per row (the same object, seeded anew)."""
+        self._calls += 1
+        generator = Generator()
+        base = derived_seed("normal", self.seed, self.step, self._calls)
+        for row in self.rows:
+            # torch's CPU generator uses 32 bits of a seed; an odd multiplier keeps rows distinct.
+            yield generator.manual_seed((base + 0x9E3779B1 * row) & 0xFFFFFFFF)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, DataError
 from pliant.models.autoencoders import config_scaling, downscale_factor, load_autoencoder
 from pliant.models.dit import DiT, DiTConfig
+from pliant.models.flexible import FlexibleConfig, FlexibleTransformer
+from pliant.models.network import Backbone, named
 from pliant.paths import (
     NetworkTime,
     Path,
@@ -23,6 +27,7 @@ from pliant.paths import (
     prediction_type,
 )
 from pliant.training.config import (
+    AnySizeConfig,
     DataConfig,
     DDPMConfig,
     DistillConfig,
@@ -38,19 +43,23 @@ from pliant.training.data import (
     JoinedPairs,
     LatentSet,
     PairSet,
+    SizedSet,
     TrainingSet,
     TwoSets,
     autoencoder_encode,
     cached_latents,
     is_pair_store,
+    open_any_size,
     open_images,
 )
+from pliant.training.data.latents import INDEX as LATENT_INDEX
 from pliant.training.data.latents import Scaling
 from pliant.training.distill_config import density
-from pliant.training.draws import derived_seed
+from pliant.training.draws import Draws, derived_seed
 from pliant.training.low_rank import add_low_rank
 from pliant.training.objectives import (
     DDPM,
+    AnySizeFlow,
     DynamicWidth,
     ExitDistillation,
     FlopsTarget,
@@ -122,9 +131,13 @@ def _new(config: TrainConfig) -> Denoiser:
     preconditioning = None if config.preconditioning is None else Preconditioning.from_config(config.preconditioning)
     usual: PredictionType = "epsilon" if ddpm else "velocity" if preconditioning is None else "sample"
     prediction = prediction_type(config.prediction or usual)
+    network: Backbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed("weights", config.seed))
-        network = DiT(_dit_config(config.model, learn_sigma=ddpm))
+        if config.model.flexible is not None:
+            network = FlexibleTransformer(FlexibleConfig.from_dict(config.model.flexible))
+        else:
+            network = DiT(_dit_config(config.model, learn_sigma=ddpm))
     return Denoiser(network, path, prediction, _network_time(config, path), preconditioning=preconditioning)
 
 
@@ -189,6 +202,9 @@ def _objective(config: Any, denoiser: Denoiser) -> Objective:
     if isinstance(config, TokenRouterConfig):
         time = density(config.time) if config.time else None
         return TokenDistillation(config.keep, config.budget, config.norm, config.entropy, time, dropout)
+    if isinstance(config, AnySizeConfig):
+        patches = None if config.patches is None else tuple(config.patches)
+        return AnySizeFlow(density(config.time), dropout, config.shift_pixels, patches)
     if isinstance(config, FlowMatchingConfig):
         time, coupling, metric = density(config.time), config.coupling.build(), config.metric.build()
         return FlowMatching(time, dropout, coupling, metric, prediction_type(config.space))
@@ -241,6 +257,57 @@ def build_data(config: TrainConfig, denoiser: Denoiser) -> TrainingSet:
     )
 
 
+def build_sized_data(config: TrainConfig, denoiser: Denoiser) -> SizedSet:
+    """The training set of an objective for any size: a folder of latents (`pliant encode`), or images, nothing cropped.
+
+    Raises DataError or ConfigError if it cannot be used.
+    """
+    data = config.data
+    if (FilePath(data.source) / LATENT_INDEX).is_file():
+        if data.autoencoder is not None:
+            raise ConfigError(f"{data.source} holds latents already: leave out data.autoencoder")
+        return LatentSet(data.source)
+    if data.side is None:
+        raise ConfigError("images of any size need `data.side`: those of more than side*side pixels are shrunk to that")
+    steps = [math.lcm(*(patch[axis] for patch in denoiser.patch_sizes)) for axis in range(2)]
+    unit = math.lcm(*steps)
+    if data.autoencoder is None:
+        return _sized_images(data, denoiser.config.in_channels, unit)
+    autoencoder = load_autoencoder(data.autoencoder)
+    unit *= downscale_factor(autoencoder)
+    return cached_latents(
+        data.latents or f"{config.output}/latents",
+        _sized_images(data, int(getattr(autoencoder.config, "in_channels", 3)), unit),
+        autoencoder_encode(autoencoder),
+        f"{data.source} ({data.split}) within {data.side}x{data.side} by {unit}, {data.autoencoder}",
+        scaling=_latent_scaling(config, denoiser, autoencoder),
+        flip=data.flip,
+    )
+
+
+def _sized_images(data: DataConfig, channels: int, unit: int) -> SizedSet:
+    assert data.side is not None
+    return open_any_size(
+        data.source, channels, data.side, unit, data.split, data.image_column, data.label_column, data.limit
+    )
+
+
+def check_sized_data(data: SizedSet, denoiser: Denoiser) -> None:
+    """Raise DataError if a sample or a label has no place in the network."""
+    channels = int(data.samples(torch.tensor([0]), torch.tensor([False]), Draws.single(1)).shape[1])
+    if channels != denoiser.config.in_channels:
+        raise DataError(f"the data has {channels} channels, the model takes {denoiser.config.in_channels}")
+    for size in data.sizes.unique(dim=0).tolist():
+        denoiser.core.check_size(tuple(size))
+        reason = denoiser.core.beyond(tuple(size))
+        if reason is not None:
+            raise DataError(
+                f"the data has samples of size {named(tuple(size))}, the model says that it trains on {reason}; set "
+                f"model.flexible.train_sides and train_pixels to what the data has"
+            )
+    _check_labels(data.labels, denoiser, "flexible")
+
+
 def _latent_scaling(config: TrainConfig, denoiser: Denoiser, autoencoder: Any) -> Scaling:
     """A trained model keeps the normalisation it was trained with; a new one gets latents of unit variance."""
     stored = denoiser.metadata.get("latents")
@@ -267,15 +334,19 @@ def check_data(data: TrainingSet, denoiser: Denoiser) -> None:
     """Raise DataError if a sample or a label has no place in the network."""
     if tuple(data.shape) != denoiser.sample_shape:
         raise DataError(f"the data has samples of {tuple(data.shape)}, the model takes {denoiser.sample_shape}")
-    highest = int(data.labels.max())
+    _check_labels(data.labels, denoiser, "dit")
+
+
+def _check_labels(labels: torch.Tensor, denoiser: Denoiser, family: str) -> None:
+    highest = int(labels.max())
     if highest >= denoiser.num_classes:
         raise DataError(
             f"the data has labels up to {highest}, but the model has {denoiser.num_classes} classes; "
-            f"set model.dit.num_classes to at least {highest + 1}"
+            f"set model.{family}.num_classes to at least {highest + 1}"
         )
 
 
-def with_data_facts(denoiser: Denoiser, data: TrainingSet) -> Denoiser:
+def with_data_facts(denoiser: Denoiser, data: TrainingSet | SizedSet) -> Denoiser:
     """The denoiser with what its users must know of the data: class names, and how latents were normalised."""
     facts: dict[str, Any] = {}
     names = list(data.class_names)

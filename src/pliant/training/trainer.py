@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import accelerate
 import torch
@@ -26,13 +26,13 @@ from pliant.training.checkpoint import (
     save_checkpoint,
 )
 from pliant.training.config import TrainConfig
-from pliant.training.data import Feed, TrainingSet
+from pliant.training.data import EqualBlocks, Feed, SizedSet, TokenFeed, TrainingSet
 from pliant.training.draws import Draws
 from pliant.training.grids import grid_sampler
 from pliant.training.low_rank import merge_low_rank
 from pliant.training.metrics import Reporter, Window
 from pliant.training.models import prepared
-from pliant.training.objectives import Batch, Objective
+from pliant.training.objectives import Batch, Objective, SizedBatch
 from pliant.training.prefetch import Prefetch, moved, pinned
 from pliant.training.schedule import learning_rate
 from pliant.training.state import Trainable
@@ -62,7 +62,7 @@ def train(
     config: TrainConfig,
     *,
     denoiser: Denoiser | None = None,
-    data: TrainingSet | None = None,
+    data: TrainingSet | SizedSet | None = None,
     sampler: Sampler | None = None,
     quiet: bool = False,
 ) -> TrainResult:
@@ -75,8 +75,14 @@ def train(
     """
     denoiser = denoiser or setup.build_denoiser(config)
     objective = setup.build_objective(config, denoiser)
-    data = data if data is not None else setup.build_data(config, denoiser)
-    setup.check_data(data, denoiser)
+    if config.tokens is not None:
+        sized = setup.build_sized_data(config, denoiser) if data is None else cast(SizedSet, data)
+        setup.check_sized_data(sized, denoiser)
+        data = sized
+    else:
+        fixed = setup.build_data(config, denoiser) if data is None else cast(TrainingSet, data)
+        setup.check_data(fixed, denoiser)
+        data = fixed
     denoiser = setup.with_data_facts(denoiser, data)
     if sampler is None and config.sampling.every:
         sampler = grid_sampler(config.sampling, Path(config.output) / "samples")
@@ -91,8 +97,8 @@ class StepModule(nn.Module):
         self.network = denoiser.network
         self._denoiser, self._objective, self._bf16 = denoiser, objective, bf16
 
-    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+    def forward(self, batch: Batch | SizedBatch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(batch.labels.device.type, dtype=torch.bfloat16, enabled=self._bf16):
             result = self._objective(self._denoiser, batch, draws)
         return result.loss, dict(result.logs)
 
@@ -105,7 +111,7 @@ class Trainer:
         config: TrainConfig,
         denoiser: Denoiser,
         objective: Objective,
-        data: TrainingSet,
+        data: TrainingSet | SizedSet,
         sampler: Sampler | None,
         quiet: bool,
     ) -> None:
@@ -116,14 +122,24 @@ class Trainer:
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.quiet = quiet or not self.main
-        self.micro_batch = _micro_batch(config, self.accelerator.num_processes)
+        self.blocks = self.accelerator.num_processes * config.accumulate
+        """Forward passes of an optimizer step, over all processes."""
         self.denoiser = denoiser.to(self.device)
         self.state = Trainable(self.denoiser.network.train(), config)
         objective = prepared(objective, self.denoiser, self.state.ema)
         step_module = StepModule(self.denoiser, objective, config.precision == "bf16")
         self.step_module = self.accelerator.prepare_model(step_module)
-        self.feed = Feed(data, config.seed, config.data.flip, objective.needs_partners)
-        self.flops_per_image = objective.flops(self.denoiser)
+        self.feed: EqualBlocks | TokenFeed
+        if config.tokens is not None:
+            sized = cast(SizedSet, data)
+            self.feed = TokenFeed(sized, denoiser.config.patch_size, config.tokens, config.seed, config.data.flip)
+            self.flops_per_image = _mean_flops(objective, self.denoiser, sized)
+        else:
+            feed = Feed(cast(TrainingSet, data), config.seed, config.data.flip, objective.needs_partners)
+            self.feed = EqualBlocks(feed, _micro_batch(config, self.accelerator.num_processes))
+            self.flops_per_image = objective.flops(self.denoiser)
+        self._images = 0
+        """Seen by this process since the last report."""
         self._previous_norm: Tensor | None = None
         self._last_checkpoint: Path | None = None
         self._last_loss = math.nan
@@ -162,7 +178,9 @@ class Trainer:
         logs: dict[str, Tensor] = {}
         for micro in range(config.accumulate):
             batch = moved(batches.get(step * config.accumulate + micro), self.device)
-            draws = Draws(config.seed, step, self._rows(micro), config.batch_size, self.device)
+            rows = self.feed.rows(step, self._block(micro), self.blocks)
+            draws = Draws(config.seed, step, rows, self.feed.total(self.blocks), self.device)
+            self._images += len(batch)
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
                 loss, extra = self.step_module(batch, draws)
@@ -179,15 +197,14 @@ class Trainer:
         o = self.config.optimizer
         return learning_rate(step, o.lr, o.warmup, o.decay, self.config.steps)
 
-    def _rows(self, micro: int) -> range:
-        """This process's places in the global batch for one micro-batch."""
-        block = micro * self.accelerator.num_processes + self.accelerator.process_index
-        return range(block * self.micro_batch, (block + 1) * self.micro_batch)
+    def _block(self, micro: int) -> int:
+        """Which of a step's blocks is this process's micro-batch."""
+        return micro * self.accelerator.num_processes + self.accelerator.process_index
 
-    def _fetch(self, k: int) -> Batch:
+    def _fetch(self, k: int) -> Batch | SizedBatch:
         """Micro-batch number k of this process since the start of the run."""
         step, micro = divmod(k, self.config.accumulate)
-        batch = self.feed.batch(step, self._rows(micro), self.config.batch_size)
+        batch = self.feed.batch(step, self._block(micro), self.blocks)
         return pinned(batch) if self.device.type == "cuda" else batch
 
     def _refuse_divergence(self, step: int, loss: Tensor, norm: Tensor) -> None:
@@ -216,7 +233,7 @@ class Trainer:
     # Reporting ----------------------------------------------------------------------------------------------
 
     def _report(self, done: int, window: Window, report: Reporter | None) -> None:
-        seconds, steps, means = window.seconds, window.steps, window.means()
+        seconds, means = window.seconds, window.means()
         window.reset()
         names = sorted(means)
         if self.accelerator.num_processes > 1:
@@ -225,7 +242,8 @@ class Trainer:
         self._last_loss = means["loss"]
         if report is None:
             return
-        images = steps * self.config.batch_size / max(seconds, 1e-9)
+        images = self._images * self.accelerator.num_processes / max(seconds, 1e-9)
+        self._images = 0
         extra = {name: value for name, value in means.items() if name not in ("loss", "grad_norm")}
         report.metrics(
             done,
@@ -325,9 +343,18 @@ class Trainer:
         return TrainResult(config.steps, self._last_loss, target, checkpoint, result)
 
 
+def _mean_flops(objective: Objective, denoiser: Denoiser, data: SizedSet) -> float:
+    """Expected FLOPs per training image, over the sizes of the data."""
+    sizes, counts = data.sizes.unique(dim=0, return_counts=True)
+    pairs = zip(sizes.tolist(), counts.tolist(), strict=True)
+    total = sum(n * objective.flops(denoiser.at_size(size)) for size, n in pairs)
+    return total / len(data.labels)
+
+
 def _micro_batch(config: TrainConfig, processes: int) -> int:
     """Samples per forward pass. Raises ConfigError if the global batch does not divide."""
     parts = processes * config.accumulate
+    assert config.batch_size is not None  # the configuration was checked
     if config.batch_size % parts:
         raise ConfigError(
             f"batch_size {config.batch_size} does not divide over {processes} processes x {config.accumulate} "

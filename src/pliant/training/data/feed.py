@@ -51,5 +51,24 @@ class Feed:
         return torch.stack([m[int(x * len(m))] for m, x in zip(members, u, strict=True)])
 
 
+class EqualBlocks:
+    """A `Feed` served in blocks of equally many rows: what one process reads for one forward pass."""
+
+    def __init__(self, feed: Feed, size: int) -> None:
+        self.feed, self.size = feed, size
+
+    def rows(self, step: int, block: int, blocks: int) -> range:
+        """A block's places in the global batch of step `step`."""
+        return range(block * self.size, (block + 1) * self.size)
+
+    def total(self, blocks: int) -> int:
+        """Places in a global batch of so many blocks."""
+        return blocks * self.size
+
+    def batch(self, step: int, block: int, blocks: int) -> Batch:
+        """Block `block` of the `blocks` of an optimizer step, on the CPU."""
+        return self.feed.batch(step, self.rows(step, block, blocks), self.total(blocks))
+
+
 def _members(labels: Tensor) -> dict[int, Tensor]:
     return {int(label): (labels == label).nonzero()[:, 0] for label in labels.unique()}

@@ -1,6 +1,7 @@
 """Losses that make models: flow matching, DDPM, EDM, interpolants, the FlexiDiT recipes, exits, width, few steps."""
 
-from pliant.training.objectives.base import Batch, Loss, Objective, drop_labels
+from pliant.training.objectives.any_size import AnySizeFlow
+from pliant.training.objectives.base import Batch, Loss, Objective, SizedBatch, drop_labels
 from pliant.training.objectives.consistency import Consistency
 from pliant.training.objectives.ddpm import DDPM
 from pliant.training.objectives.distill import PatchDistillation
@@ -19,6 +20,7 @@ from pliant.training.objectives.token_routers import TokenDistillation
 
 __all__ = [
     "DDPM",
+    "AnySizeFlow",
     "Batch",
     "Consistency",
     "DynamicWidth",
@@ -36,6 +38,7 @@ __all__ = [
     "SegmentStraightening",
     "SharedPatches",
     "StepDistillation",
+    "SizedBatch",
     "TokenDistillation",
     "drop_labels",
     "mmd_squared",

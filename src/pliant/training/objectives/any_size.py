@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -96,7 +95,3 @@ def shift_by_size(t: Tensor, pixels: Tensor, reference: int) -> Tensor:
     shift = (pixels.double() / reference).sqrt()
     return shifted_times(t.double(), shift).to(t.dtype)
 
-
-def size_shift(size: Size, reference: int) -> float:
-    """The shift of a time grid for states of one size: `sqrt(pixels / reference)`."""
-    return math.sqrt(math.prod(size) / reference)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,25 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class SizedBatch:
+    """Training samples of several sizes, those of one size together.
+
+    groups: (B_g, C, *size_g) float32 each, normalised. labels: (sum of B_g,) int64 classes, group by group.
+    """
+
+    groups: tuple[Tensor, ...]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B,) pixels of every sample."""
+        return torch.cat([torch.full((len(x),), x[0, 0].numel()) for x in self.groups])
+
+
+@dataclass(frozen=True)
 class Loss:
     """A scalar to minimise and detached scalars to log (tensors: logging must not wait for the device)."""
 
@@ -54,7 +73,9 @@ class Objective(Protocol):
         """Whether batches must carry a second sample of each label."""
         ...
 
-    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Loss: ...
+    def __call__(self, denoiser: Denoiser, batch: Any, draws: Draws) -> Loss:
+        """batch: a `Batch`, or a `SizedBatch` of objectives for samples of any size."""
+        ...
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise ConfigError if this denoiser cannot be trained with this objective."""
@@ -65,7 +86,7 @@ class Objective(Protocol):
         ...
 
 
-def drop_labels(batch: Batch, denoiser: Denoiser, probability: float, draws: Draws) -> Tensor:
+def drop_labels(batch: Batch | SizedBatch, denoiser: Denoiser, probability: float, draws: Draws) -> Tensor:
     """(B,) labels, each replaced by the null label with `probability`: classifier-free guidance training.
 
     Always consumes one draw, so the rest of a step's randomness does not depend on the probability.
