@@ -24,8 +24,8 @@ LABELS = torch.tensor([1, 5, 0])
 
 def network(**options: Any) -> FlexibleTransformer:
     """Small, with random weights everywhere (a new network answers 0)."""
-    config = FlexibleConfig(**{**{"input_size": (8, 6), "in_channels": 3, "width": 48, "depth": 3, "heads": 4,
-                                  "num_classes": 5, "train_sides": (4, 8)}, **options})  # fmt: skip
+    config = FlexibleConfig(**{"input_size": (8, 6), "in_channels": 3, "width": 48, "depth": 3, "heads": 4,
+                                  "num_classes": 5, "train_sides": (4, 8), **options})  # fmt: skip
     torch.manual_seed(0)
     made = FlexibleTransformer(config)
     for parameter in made.parameters():

@@ -56,7 +56,25 @@ GridName = Annotated[
     str | None,
     typer.Option(
         "--grid",
-        help="Times of the steps: uniform, karras, log-snr, shifted:shift=3, trailing, ...  [default: the path's own]",
+        help="Times of the steps: uniform, karras, log-snr, shifted:shift=3, resolution (shifted by the size), ...  "
+        "[default: the path's own]",
+        show_default=False,
+    ),
+]
+StateSize = Annotated[
+    str | None,
+    typer.Option(
+        "--size",
+        metavar="HxW",
+        help="Size of the images, for models of any size: 160x320. Without --decode, of the states.",
+        show_default=False,
+    ),
+]
+Extrapolation = Annotated[
+    str | None,
+    typer.Option(
+        "--extrapolation",
+        help="How positions beyond training are met: none, linear, ntk, yarn, vision-ntk, vision-yarn, ...",
         show_default=False,
     ),
 ]

@@ -38,10 +38,15 @@ class Recipe:
     """Versions and device; for people and for doubts about the last bit."""
     labels: tuple[str, ...] = ()
     """Class names of what is shown; for people."""
+    size: tuple[int, ...] | None = None
+    """Of states, where another was asked for than the model's own."""
+    extrapolation: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        if self.size is None and self.extrapolation == "none":  # as before there were any
+            del fields["size"], fields["extrapolation"]
         return {"format": FORMAT, "version": VERSION, **fields}
 
     @staticmethod
@@ -122,4 +127,6 @@ def run_recipe(
             "device": str(denoiser.device),
         },
         labels=tuple(class_name(c, denoiser) for c in classes),
+        size=denoiser.size,
+        extrapolation=denoiser.extrapolation,
     )

@@ -28,6 +28,7 @@ Examples:
   pliant sample facebook/DiT-XL-2-256 --class "golden retriever" --guidance 4 --decode stabilityai/sd-vae-ft-ema
   pliant sample digits --plan plan.json --num 500 -o samples/        one PNG per image
   pliant sample digits --plan plan.json --num 10000 -o samples.npz   for evaluators: arr_0, uint8, NHWC
+  pliant sample clothing --size 96x160 --decode taef2/ -o wide.png    another shape, for models of any size
   pliant sample --replay digits.png -o again.png                     the same bytes, checked
 """
 
@@ -83,6 +84,8 @@ def sample(
     weak: opt.WeakPatch = None,
     weak_last: opt.WeakLast = False,
     precision: opt.PrecisionName = None,
+    size: opt.StateSize = None,
+    extrapolation: opt.Extrapolation = None,
     batch_size: opt.BatchSize = 16,
     decode: opt.Decoder = None,
     device: opt.Device = None,
@@ -110,7 +113,8 @@ def sample(
         precision=precision,
     )
     if replay is not None:
-        ignored = [*(["--plan"] if plan else []), *(["--class"] if classes else []), *choices.given()]
+        given = (("--plan", plan), ("--class", classes), ("--size", size), ("--extrapolation", extrapolation))
+        ignored = [*(name for name, value in given if value), *choices.given()]
         if ignored:
             raise ConfigError(f"--replay takes everything from the picture: leave out {ignored[0]}")
         _report(_replay(replay, model, out, decode, device), json)
@@ -121,8 +125,10 @@ def sample(
     from pliant.cli.labels import choose_classes
     from pliant.cli.models import open_model
     from pliant.cli.recipe import run_recipe
+    from pliant.cli.sizes import at_size
 
     opened = open_model(model, format, option, device)
+    opened = replace(opened, denoiser=at_size(opened.denoiser, size, extrapolation, decode))
     denoiser = opened.denoiser
     chosen = plan_from(plan, denoiser, choices)
     labels, distinct = choose_classes(classes, num, denoiser)
@@ -234,6 +240,9 @@ def _replay(file: Path, model: str | None, out: Path | None, decode: str | None,
             f"{model or facts['source']} is not the model that made {file}: its weights differ (made by "
             f"{facts['name']}, sha256 {facts['weights_sha256'][:12]}...). Name the right one as MODEL"
         )
+    if recipe.size is not None or recipe.extrapolation != "none":
+        at = recipe.size or opened.denoiser.sample_size
+        opened = replace(opened, denoiser=opened.denoiser.at_size(at, recipe.extrapolation))
     decoder = None
     if recipe.decoder is not None:
         decoder = _open_decoder(decode or recipe.decoder, opened)

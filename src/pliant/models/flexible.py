@@ -314,6 +314,10 @@ class FlexibleTransformer(Backbone):
     def check_extrapolation(self, extrapolation: str) -> None:
         RopeScaling.named(extrapolation)
 
+    @property
+    def reference_pixels(self) -> int:
+        return self.config.pixels[1]
+
     def beyond(self, size: Size) -> str | None:
         (least, most), (fewest, largest) = self.config.sides, self.config.pixels
         if min(size) < least or max(size) > most:

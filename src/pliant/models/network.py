@@ -8,6 +8,7 @@ config the fields of `NetworkConfig`, and is entered in `FAMILIES`.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 
@@ -143,6 +144,11 @@ class Backbone(nn.Module):
         """Raise ConfigError unless the network knows this way to meet positions outside the trained range."""
         if extrapolation != "none":
             raise ConfigError(f"a {self.family} network has no position extrapolation {extrapolation!r}; use 'none'")
+
+    @property
+    def reference_pixels(self) -> int:
+        """The size of training states, in pixels, at which a time grid needs no shift."""
+        return math.prod(self.config.input_size)
 
     def beyond(self, size: Size) -> str | None:
         """Why states of this size are outside what the network was trained on, in words; None: they are not."""

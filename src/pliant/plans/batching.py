@@ -22,7 +22,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import PlanError, PliantError
 from pliant.plans.engine import Answer, Weights
 from pliant.plans.plan import Plan
-from pliant.plans.sampling import Begun, Sampler
+from pliant.plans.sampling import Begun, Sampler, sized
 from pliant.plans.together import answer_together
 from pliant.solvers import Ask, NetworkOutput, StepResult, stepwise
 from pliant.solvers.interpreter import Combine, combine
@@ -44,6 +44,9 @@ class Request:
     mu: Tensor | None = None
     origin: Tensor | None = None
     """As `Sampler.steps` takes them."""
+    size: tuple[int, ...] | None = None
+    extrapolation: str | None = None
+    """As `sample` takes them. Requests of different sizes share passes only with those of their own size."""
 
 
 class Progress(NamedTuple):
@@ -109,7 +112,7 @@ class Batcher:
         number = self._count
         seeds = list(range(len(request.cond))) if request.seeds is None else request.seeds
         try:
-            sampler = self._sampler(request.plan)
+            sampler = self._sampler(request.plan, sized(self.model, request.size, request.extrapolation))
             begun = sampler.begin(request.cond, seeds, request.x, request.mu, request.origin)
         except PliantError as error:
             raise PlanError(f"request {number}: {error}") from None
@@ -157,12 +160,14 @@ class Batcher:
             del self._runs[number]
         self._done += [Progress(number, r, r.index == run.steps - 1) for r in results]
 
-    def _sampler(self, plan: Plan) -> Sampler:
-        """The plan made ready, once for all requests that have it."""
+    def _sampler(self, plan: Plan, model: Denoiser) -> Sampler:
+        """The plan made ready, once for all requests that have it at this size."""
+        where = (model.size, model.extrapolation)
         for sampler in self._samplers:
-            if sampler.plan is plan or sampler.plan == plan:
+            same = sampler.plan is plan or sampler.plan == plan
+            if same and (sampler.model.size, sampler.model.extrapolation) == where:
                 return sampler
-        sampler = Sampler(self.model, plan, self.update, self.weights)
+        sampler = Sampler(model, plan, self.update, self.weights)
         self._samplers = [*self._samplers[1 - KEPT_SAMPLERS :], sampler]
         return sampler
 

@@ -21,6 +21,7 @@ from pliant.files import write_json
 from pliant.guidance import Guidance
 from pliant.models.precision import check_precision
 from pliant.paths import Path, make_grid, path_from_config
+from pliant.paths.levels import resolution_shift
 from pliant.plans.calls import calls_of, check_references, check_reuse, reuses
 from pliant.plans.cost import PlanCost, plan_cost
 from pliant.plans.regions import check_tokens
@@ -99,7 +100,7 @@ class Plan:
         """The same solver, compute and guidance at every step.
 
         times: steps+1 house times, or a grid of `pliant.paths.GRIDS` by name ("karras") or with options ({"name":
-        "shifted", "shift": 3}); by default the path's own.
+        "shifted", "shift": 3}); "resolution" shifts by the model's size; by default the path's own.
         """
         from pliant.plans.presets import uniform
 
@@ -342,8 +343,24 @@ def make_times(model: Denoiser, steps: int, times: Times) -> list[float]:
         if len(given) != steps + 1:
             raise PlanError(f"{steps} steps need {steps + 1} times, got {len(given)}")
         return given
-    grid: list[float] = make_grid(model.path, steps, times or "default", model.known_noise).tolist()
+    options = {"name": times} if isinstance(times, str) else dict(times or {"name": "default"})
+    if options.get("name") == "resolution":
+        options = resolution_grid(model, options)
+    grid: list[float] = make_grid(model.path, steps, options, model.known_noise).tolist()
     return grid
+
+
+def resolution_grid(model: Denoiser, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The grid "resolution": "shifted" by `sqrt(pixels / base_pixels)` for the model's size (SD3's, sheet B, 3).
+
+    base_pixels: size of states that need no shift; by default the largest of training. Larger states spend more steps
+    near noise, smaller ones fewer. Raises PlanError for another option.
+    """
+    given = {k: v for k, v in options.items() if k not in ("name", "base_pixels")}
+    if given:
+        raise PlanError(f"the grid 'resolution' has one option, base_pixels; not {min(given)!r}")
+    base = int(options.get("base_pixels", model.core.reference_pixels))
+    return {"name": "shifted", "shift": resolution_shift(math.prod(model.sample_size), base)}
 
 
 def how_timed(model: Denoiser, times: Times, grid: Sequence[float]) -> dict[str, Any]:

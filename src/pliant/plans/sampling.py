@@ -150,9 +150,12 @@ def sample_steps(
     x: Tensor | None = None,
     mu: Tensor | None = None,
     origin: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    extrapolation: str | None = None,
 ) -> Iterator[StepResult]:
-    """Sample step by step: yields (index, x, x0) objects. `seeds` default to 0, 1, 2, ...; x, mu: `Sampler.steps`."""
-    return Sampler(model, plan).steps(cond, _default_seeds(cond, seeds), x, mu, origin)
+    """Sample step by step: yields (index, x, x0) objects. `seeds` default to 0, 1, 2, ...; x, mu: `Sampler.steps`;
+    size, extrapolation: `sample`."""
+    return Sampler(sized(model, size, extrapolation), plan).steps(cond, _default_seeds(cond, seeds), x, mu, origin)
 
 
 def sample(
@@ -164,13 +167,17 @@ def sample(
     x: Tensor | None = None,
     mu: Tensor | None = None,
     origin: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    extrapolation: str | None = None,
 ) -> Tensor:
     """Sample all labels, `batch_size` at a time -> (B, C, H, W). Image k depends on its own label and seed only.
 
+    size, extrapolation: of the states, for networks for any size; see `Denoiser.at_size`.
     x, mu, origin: start states, the images that a path with an offset drifts to, and those that guidance leads away
     from; see `Sampler.steps`.
     """
     seeds = _default_seeds(cond, seeds)
+    model = sized(model, size, extrapolation)
     sampler = Sampler(model, plan)
     labels = check_labels(cond, model)
     check_seeds(seeds, len(labels))
@@ -181,6 +188,13 @@ def sample(
         states, offsets, origins = (None if v is None else v[part] for v in (x, mu, origin))
         parts.append(sampler(labels[part], seeds[part], states, offsets, origins))
     return torch.cat(parts)
+
+
+def sized(model: Denoiser, size: Sequence[int] | None, extrapolation: str | None) -> Denoiser:
+    """The model at a size, if one is asked for."""
+    if size is None and extrapolation is None:
+        return model
+    return model.at_size(model.sample_size if size is None else size, extrapolation)
 
 
 def _default_seeds(cond: Sequence[int] | Tensor, seeds: Sequence[int] | None) -> Sequence[int]:
