@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pliant import Denoiser, DiTConfig
+from pliant.models.network import Backbone
 from pliant.paths import NetworkTime, PredictionType, get_path
 from pliant.training import TrainConfig, parse_config
 
@@ -39,8 +40,10 @@ def tiny_config(output: Path, **changes: Any) -> TrainConfig:
     return parse_config({**tree, **changes})
 
 
-class Formula(nn.Module):
+class Formula(Backbone):
     """A network that is a function of (x, network time, labels), with the interface that a denoiser needs."""
+
+    family = "dit"
 
     def __init__(self, function: Any, config: DiTConfig) -> None:
         super().__init__()
