@@ -105,6 +105,11 @@ class FlexibleConfig:
         return False
 
     @property
+    def flow_map(self) -> bool:
+        """Never yet: calls tell it one time."""
+        return False
+
+    @property
     def out_channels(self) -> int:
         return self.in_channels
 

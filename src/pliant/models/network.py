@@ -65,6 +65,11 @@ class NetworkConfig(Protocol):
     @property
     def learn_sigma(self) -> bool: ...
 
+    @property
+    def flow_map(self) -> bool:
+        """Whether calls also say where their step ends."""
+        ...
+
     def shape(self, size: Size | None = None, patch: Size | None = None) -> TransformerShape:
         """A call's shape for the cost model, at a size and patch size (None: own)."""
         ...
