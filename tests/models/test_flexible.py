@@ -161,7 +161,7 @@ def test_sites_reuse_and_skip() -> None:
     assert cached.cost(model).share < 0.8
     assert cached.cost(model).flops == counted_flops(lambda: pliant.sample(model, cached, [1]))
     with pytest.raises(PlanError, match="token subsets"):
-        Plan.uniform(model, 4, "euler", Compute.from_dict({"tokens": {"kind": "subset", "keep": 0.5}}))
+        Plan.uniform(model, 4, "euler", Compute.from_dict({"tokens": {"kind": "subset", "ratio": 0.5}}))
 
 
 def test_another_size_is_another_model_of_the_same_weights() -> None:
