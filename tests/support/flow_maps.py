@@ -86,12 +86,13 @@ class ToyMap(Stub):
     def __init__(self, flow_map: bool = True, width: int = 96, seed: int = 0) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.network = nn.Sequential(
-                nn.Linear(7, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                nn.Linear(width, 1),
-            )  # fmt: skip
+            hidden = [nn.Linear(width, width) for _ in range(2)]
+            layers = [nn.Linear(7, width), nn.SiLU(), hidden[0], nn.SiLU(), hidden[1], nn.SiLU()]
+            self.network = nn.Sequential()
+            for k, layer in enumerate(layers):
+                self.network.add_module(str(k), layer)
+            self.network.add_module("head", nn.Linear(width, 1))
         super().__init__(self._value, flow_map)
-        self.core = SimpleNamespace(head=self.network[-1])
 
     def _value(self, x, t, s):
         t, h = t.to(x.dtype)[:, None], (t - s).to(x.dtype)[:, None]

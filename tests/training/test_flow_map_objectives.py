@@ -1,6 +1,7 @@
 """The losses of flow maps at their exact solutions, and what they make of a toy (sheets C 8-9 and H 5)."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ GRID = tuple(1 - k / 16 for k in range(17))
 def states(n=64, low=0.45, high=0.95):
     generator = torch.Generator().manual_seed(3)
     t = low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
-    x = torch.randn(n, 1, 2, 2, generator=generator, dtype=torch.float64) * like(spread(t, STD), torch.empty(n, 1, 1, 1).double())
+    x = torch.randn(n, 1, 2, 2, generator=generator, dtype=torch.float64) * spread(t, STD)[:, None, None, None]
     s = t * torch.rand(n, generator=generator, dtype=torch.float64)
     return x, t, s, torch.zeros(n, dtype=torch.int64)
 
@@ -151,7 +152,7 @@ def test_alpha_flow_s_error_vanishes_linearly_and_alpha_1_is_flow_matching():
         )
         # error is already divided by alpha once: sqrt(error/alpha) is |u - target|/alpha.
         sizes.append(math.sqrt(float(loss(objective, gaussian_map(STD), step=5).logs["error"]) / alpha))
-    for longer, shorter in zip(sizes, sizes[1:], strict=False):
+    for longer, shorter in pairwise(sizes):
         assert 1.6 < longer / shorter < 2.8
     curriculum = Curriculum(10, 110, 0.05)
     assert curriculum(0) == 1.0 and curriculum(60) == pytest.approx(0.5) and curriculum(110) == 0.05
@@ -167,7 +168,7 @@ def test_segments_begin_where_published():
 
 
 def test_the_error_of_local_targets_falls_with_the_teacher_s_step():
-    """Sheet C 9 (2): zero as h -> 0. With Heun's step the squared loss falls like h^6 per step, here at least 16-fold."""
+    """Sheet C 9 (2): zero as h -> 0. With Heun's step the squared loss falls like h^6, here at least 16-fold."""
     coarse, fine = (
         float(loss(SegmentedConsistency(gaussian_teacher(STD), 2, n), gaussian_map(STD)).loss) for n in (8, 32)
     )
@@ -211,12 +212,12 @@ def test_ctm_balances_both_losses_at_the_last_layer():
     weight = (float(result.loss.detach()) - float(result.logs["consistency"])) / float(result.logs["denoising"])
     head = model.network.head.weight
     both = objective._balance(model, head.square().sum(), 2 * head.square().sum())
-    assert float(both.detach()) == pytest.approx(0.5, rel=1e-3)  # a loss twice as steep gets half the weight
+    assert float(both) == pytest.approx(0.5, rel=1e-3)  # a loss twice as steep gets half the weight
     assert weight > 0
 
 
 def test_trigflow_wraps_a_rectified_flow_and_its_exact_consistency_has_no_tangent():
-    """Sheet H, 5.5: f = s x / sigma(a), sigma^2 = cos^2 s^2 + sin^2; g = 0 at the exact F, |g| = .19 at the flow's own."""
+    """Sheet H, 5.5: f = s x / sigma(a), sigma^2 = cos^2 s^2 + sin^2; g = 0 at the exact F, not at the flow's own."""
     n, y = 4096, torch.zeros(4096, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     angle = 0.05 + 1.5 * torch.rand(n, generator=generator, dtype=torch.float64)
@@ -289,12 +290,12 @@ def one_jump_error(model, gamma_jumps=1):
     y = torch.zeros(2000, dtype=torch.int64)
     grid = torch.linspace(1, 0, 65, dtype=torch.float64)
     exact = z
-    for a, b in zip(grid, grid[1:], strict=False):
+    for a, b in pairwise(grid):
         exact = heun_step(mixture_teacher(), exact, a.expand(2000), b.expand(2000), y, 1.0)
     x = z
     ends = torch.linspace(1, 0, gamma_jumps + 1, dtype=torch.float64)
     with torch.no_grad():
-        for a, b in zip(ends, ends[1:], strict=False):
+        for a, b in pairwise(ends):
             told = b if model.config.flow_map else None
             p = model(x, a.expand(2000), y, lands=told)
             x = x - float(a - b) * p.to("velocity")

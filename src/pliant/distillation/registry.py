@@ -59,6 +59,38 @@ _ENTRIES = (
         "Rectified Diffusion, arXiv 2410.07303",
     ),
     Entry(
+        "mean-flow", "flow_maps", "FlowMap", "mean velocities of whole jumps, by the MeanFlow identity",
+        "MeanFlow, arXiv 2505.13447",
+    ),
+    Entry(
+        "improved-mean-flow", "flow_maps", "FlowMap", "MeanFlow as a regression of velocities",
+        "improved MeanFlow, arXiv 2512.02012",
+    ),
+    Entry(
+        "alpha-flow", "flow_maps", "FlowMap", "mean velocities without derivatives, on a curriculum",
+        "alpha-Flow, arXiv 2510.20771",
+    ),
+    Entry(
+        "split-mean-flow", "flow_maps", "FlowMap", "a jump is two jumps: no derivatives, no curriculum",
+        "SplitMeanFlow, arXiv 2507.16884",
+    ),
+    Entry(
+        "shortcut", "flow_maps", "FlowMap", "two steps of a length teach one of twice the length",
+        "Shortcut models, arXiv 2410.12557",
+    ),
+    Entry(
+        "ctm", "flow_maps", "FlowMap", "jumps from any time to any other agree with the teacher's flow",
+        "CTM, arXiv 2310.02279",
+    ),
+    Entry(
+        "tscd", "flow_maps", "SegmentedMap", "CTM in 8, 4, 2 and at last 1 segment of time",
+        "Hyper-SD, arXiv 2404.13686",
+    ),
+    Entry(
+        "scm", "flow_maps", "Consistent", "continuous-time consistency through TrigFlow: one call, or a few with noise",
+        "sCM, arXiv 2410.11081",
+    ),
+    Entry(
         "reflow", "reflow", "Reflow", "retrain on the flow's own pairs, k rounds: straighter, so fewer steps",
         "Rectified Flow, arXiv 2209.03003",
     ),

@@ -25,6 +25,17 @@ from pliant.training.distill_config import (
     StepsConfig,
 )
 from pliant.training.flow_config import FlowMatchingConfig as FlowMatchingConfig
+from pliant.training.flow_map_config import (
+    FLOW_MAP_SECTIONS,
+    AlphaFlowConfig,
+    ImprovedMeanFlowConfig,
+    MeanFlowConfig,
+    SegmentedConfig,
+    ShortcutConfig,
+    SplitMeanFlowConfig,
+    TrajectoryConfig,
+    TrigConsistencyConfig,
+)
 from pliant.training.section import Section
 
 
@@ -60,6 +71,8 @@ class ModelConfig(Section):
     """Give the model routers of its width (DyDiT): fields of `WidthSpec`, {} for the paper's."""
     routers: dict[str, Any] | None = None
     """Give the model token routers (Infor-Coef): fields of `RouterSpec`."""
+    flow_map: bool = False
+    """Tell the network where a step lands, so that it can learn to jump; see `pliant distill mean-flow`."""
     trainable: Literal["own", "all", "lora"] = "own"
     """What trains. own: what the model's kind says (adapters, exits and routers on a frozen base, else all); all: every
     weight; lora: low-rank changes of every block's linear layers, merged into them at the end."""
@@ -113,7 +126,8 @@ class SharedConfig(Section):
     name: Literal["shared"]
     own: Annotated[
         FlowMatchingConfig | DDPMConfig | StepsConfig | FlowGuidedConfig | PhasedConfig | SegmentsConfig
-        | ConsistencyConfig,
+        | ConsistencyConfig | MeanFlowConfig | ImprovedMeanFlowConfig | AlphaFlowConfig | SplitMeanFlowConfig
+        | ShortcutConfig | TrajectoryConfig | SegmentedConfig | TrigConsistencyConfig,
         Field(discriminator="name"),
     ] = FlowMatchingConfig()
     mmd: MMDConfig | None = None
@@ -198,7 +212,15 @@ ObjectiveConfig = Annotated[
     | SegmentsConfig
     | ConsistencyConfig
     | InterpolantConfig
-    | EDMConfig,
+    | EDMConfig
+    | MeanFlowConfig
+    | ImprovedMeanFlowConfig
+    | AlphaFlowConfig
+    | SplitMeanFlowConfig
+    | ShortcutConfig
+    | TrajectoryConfig
+    | SegmentedConfig
+    | TrigConsistencyConfig,
     Field(discriminator="name"),
 ]
 
@@ -410,6 +432,7 @@ _TAGGED: tuple[type[Section], ...] = (
     *(FlowMatchingConfig, AnySizeConfig, DDPMConfig, SharedConfig, DistillConfig, ExitDistillConfig),
     *(DynamicWidthConfig, TokenRouterConfig),
     *(StepsConfig, FlowGuidedConfig, PhasedConfig, SegmentsConfig, ConsistencyConfig, InterpolantConfig, EDMConfig),
+    *FLOW_MAP_SECTIONS,
 )
 
 

@@ -82,6 +82,10 @@ def build_denoiser(config: TrainConfig) -> Denoiser:
         flex = config.model.flexify
         patches = [patch if isinstance(patch, int) else (patch[0], patch[-1]) for patch in flex.patch_sizes]
         denoiser = flexify(denoiser, patches, seed=config.seed, recipe=flex.recipe, **flex.options)
+    if config.model.flow_map:
+        from pliant.adapters.flow_map import flow_map
+
+        denoiser = flow_map(denoiser, seed=derived_seed("jump", config.seed))
     if config.model.width is not None:
         from pliant.adapters.route_width import route_width
 

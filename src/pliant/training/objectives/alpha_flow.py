@@ -1,8 +1,9 @@
-"""alpha-Flow (arXiv 2510.20771): mean velocities by a short step and the map's own jump from there, without derivatives.
+"""alpha-Flow (arXiv 2510.20771): mean velocities by a short step and the map's own jump from there, without
+derivatives.
 
 The target of a jump t -> r is made of a step t -> m along the velocity and the map's jump m -> r, where m divides the
-jump by alpha: `alpha v + (1 - alpha) sg[u(x_m, m, r)]`. alpha = 1 is flow matching on the chord's velocity, alpha -> 0 has
-MeanFlow's gradient; training goes from one towards the other.
+jump by alpha: `alpha v + (1 - alpha) sg[u(x_m, m, r)]`. alpha = 1 is flow matching on the chord's velocity, alpha ->
+0 has MeanFlow's gradient; training goes from one towards the other.
 """
 
 from __future__ import annotations

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from pliant.errors import ConfigError
 from pliant.training.couplings import Coupling, Independent
 from pliant.training.draws import Draws
 from pliant.training.losses import Compared, ElementHuber, Metric
 from pliant.training.objectives.base import Batch, Loss, drop_labels
+from pliant.training.objectives.jumps import ddim_step, guided
 
 if TYPE_CHECKING:
-    from pliant.denoiser import Denoiser, Prediction
+    from pliant.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,3 @@ class Consistency:
     def flops(self, denoiser: Denoiser) -> float:
         calls = 1.0 if self.guidance == 1.0 else 2.0
         return 4.0 * denoiser.flops() + calls * self.teacher.flops()
-
-
-def guided(teacher: Denoiser, x: Tensor, t: Tensor, labels: Tensor, scale: float) -> Prediction:
-    """The teacher's prediction under classifier-free guidance `u + scale (c - u)`; scale 1 is one unguided call."""
-    own = teacher(x, t, labels)
-    if scale == 1.0:
-        return own
-    null = teacher(x, t, torch.full_like(labels, teacher.null_label))
-    own.value = null.value + scale * (own.value - null.value)
-    return own
-
-
-def ddim_step(prediction: Prediction, s: Tensor) -> Tensor:
-    """The state at times s (B,) with the prediction's clean data and noise held (arXiv 2010.02502, sigma = 0)."""
-    return prediction.path.mix(prediction.to("sample"), prediction.to("epsilon"), s)

@@ -1,7 +1,7 @@
 """Improved MeanFlow (arXiv 2512.02012): regress `V = u + (t - s) sg[du/dt]` on the data's velocity.
 
-MeanFlow's target contains its own network; here the target is the data's, and the tangent is the network's own velocity,
-so V is a function of the state alone and this is an ordinary regression.
+MeanFlow's target contains its own network; here the target is the data's, and the tangent is the network's own
+velocity, so V is a function of the state alone and this is an ordinary regression.
 """
 
 from __future__ import annotations

@@ -35,7 +35,6 @@ def velocity_and_derivative(
     with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         moving = forward_ad.make_dual(x, tangent.to(x.dtype))
         time = forward_ad.make_dual(t, torch.ones_like(t) if rate is None else rate.to(t.dtype))
-        told = {} if lands is None else {"lands": lands}
-        answer = denoiser(moving, time, labels, compute, **told).to("velocity")
+        answer = denoiser(moving, time, labels, compute, lands).to("velocity")
         u, du = forward_ad.unpack_dual(answer)
     return u, torch.zeros_like(u) if du is None else du.detach()

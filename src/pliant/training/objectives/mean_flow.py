@@ -1,7 +1,8 @@
 """MeanFlow (arXiv 2505.13447): learn the mean velocity of whole jumps, so that one call is one sample.
 
-The mean velocity `u(x_t, t, s) = 1/(t - s) int_s^t v` satisfies `u = v - (t - s) du/dt` along the trajectory, which is a
-regression target that needs no teacher. With one, v is the teacher's (guided) velocity: the same identity, less noise.
+The mean velocity `u(x_t, t, s) = 1/(t - s) int_s^t v` satisfies `u = v - (t - s) du/dt` along the trajectory, which
+is a regression target that needs no teacher. With one, v is the teacher's (guided) velocity: the same identity, less
+noise.
 """
 
 from __future__ import annotations
@@ -60,11 +61,12 @@ def learned_velocity(
     t: Tensor,
     labels: Tensor,
 ) -> Tensor:
-    """What the mean velocity is a mean of, at states x (B, C, H, W) and times t (B,): the teacher's velocity, or the data's.
+    """What the mean velocity is a mean of, at states x (B, C, H, W) and times t (B,): the teacher's velocity, or the
+    data's.
 
-    guidance: classifier-free scale that is learned into the map. mixing: kappa, without a teacher, how much of the guided
-    velocity is the map's own conditional prediction: the effective scale is guidance / (1 - mixing). Rows with the null
-    label are not guided.
+    guidance: classifier-free scale that is learned into the map. mixing: kappa, without a teacher, how much of the
+    guided velocity is the map's own conditional prediction: the effective scale is guidance / (1 - mixing). Rows
+    with the null label are not guided.
     """
     plain = guidance == 1.0 and mixing == 0.0
     own = denoiser.path.target("velocity", batch.images, noise, t) if teacher is None else None

@@ -1,7 +1,7 @@
 """Trajectory-segmented consistency distillation (TSCD of Hyper-SD, arXiv 2404.13686): CTM inside segments of time.
 
-With many segments jumps are short and easy; stages with 8, 4, 2 and 1 segments train on from each other, and a model of k
-segments samples in k steps.
+With many segments jumps are short and easy; stages with 8, 4, 2 and 1 segments train on from each other, and a model
+of k segments samples in k steps.
 """
 
 from __future__ import annotations

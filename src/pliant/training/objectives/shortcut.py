@@ -85,11 +85,11 @@ class Shortcut:
 
     def _guided(self, model: Denoiser, x: Tensor, t: Tensor, lands: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         """The model's velocity for a step from t to lands, guided in the given rows."""
-        told = {"lands": lands} if model.config.flow_map else {}
-        own = model(x, t, labels, **told).to("velocity")
+        told = lands if model.config.flow_map else None
+        own = model(x, t, labels, lands=told).to("velocity")
         if self.guidance == 1.0 or not bool(rows.any()):
             return own
-        null = model(x, t, torch.full_like(labels, model.null_label), **told).to("velocity")
+        null = model(x, t, torch.full_like(labels, model.null_label), lands=told).to("velocity")
         return torch.where(like(rows, x).bool(), null + self.guidance * (own - null), own)
 
     def check(self, denoiser: Denoiser) -> None:

@@ -1,7 +1,7 @@
 """Consistency trajectory distillation (CTM, arXiv 2310.02279): jumps from any time to any cleaner one.
 
-A jump t -> s must end where the teacher's flow from t to an intermediate u, and then the map's jump u -> s, ends; both are
-compared as clean images, after a last jump s -> 0 by the averaged weights.
+A jump t -> s must end where the teacher's flow from t to an intermediate u, and then the map's jump u -> s, ends;
+both are compared as clean images, after a last jump s -> 0 by the averaged weights.
 """
 
 from __future__ import annotations
@@ -101,11 +101,14 @@ class TrajectoryConsistency:
         """`|grad consistency| / |grad denoising|` at the last layer, between 0 and 10^4."""
         if not torch.is_grad_enabled():
             return 1.0
-        core = denoiser.core
-        head = core.head.weight if hasattr(core, "head") else core.base.head.weight
-        if not head.requires_grad:
+        # A flexible network has a head per patch size, and a call uses one of them.
+        heads = [p for name, p in denoiser.network.named_parameters() if "head" in name and p.requires_grad]
+        if not heads:
             return 1.0
-        sizes = [torch.autograd.grad(loss, head, retain_graph=True)[0].norm() for loss in (consistency, matching)]
+        sizes = []
+        for loss in (consistency, matching):
+            found = torch.autograd.grad(loss, heads, retain_graph=True, allow_unused=True)
+            sizes.append(torch.stack([g.norm() for g in found if g is not None]).norm())
         return (sizes[0] / (sizes[1] + 1e-4)).clamp(0.0, 1e4)
 
     def check(self, denoiser: Denoiser) -> None:
@@ -122,7 +125,8 @@ class TrajectoryConsistency:
 
 
 def check_jumps(denoiser: Denoiser, teacher: Denoiser, times: tuple[float, ...], what: str) -> None:
-    """Raise ConfigError unless the student is a flow map on the teacher's path and the grid leads down to clean data."""
+    """Raise ConfigError unless the student is a flow map on the teacher's path and the grid leads down to clean
+    data."""
     if not denoiser.config.flow_map:
         raise ConfigError(f"{what} trains flow maps: set model.flow_map to true")
     if teacher.path != denoiser.path:

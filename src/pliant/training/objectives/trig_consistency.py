@@ -1,9 +1,9 @@
 """Continuous-time consistency (sCM, arXiv 2410.11081) of rectified-flow networks, through TrigFlow.
 
 On `x_a = cos(a) x0 + sin(a) z` an angle a in [0, pi/2], a network F with `dx/da = F` has the clean data
-`f = cos(a) x - sin(a) F`. A consistency model is the F whose f is the same along a trajectory; the loss moves F along the
-derivative of f, which one forward-mode derivative gives. A rectified flow is such an F after a change of variables: state
-`x/(cos a + sin a)` at time `sin a/(cos a + sin a)`.
+`f = cos(a) x - sin(a) F`. A consistency model is the F whose f is the same along a trajectory; the loss moves F
+along the derivative of f, which one forward-mode derivative gives. A rectified flow is such an F after a change of
+variables: state `x/(cos a + sin a)` at time `sin a/(cos a + sin a)`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 def trig_velocity(denoiser: Denoiser, x: Tensor, angle: Tensor, labels: Tensor, guidance: float = 1.0) -> Tensor:
-    """F(x, a) of a rectified flow at TrigFlow states x (B, C, H, W) and angles (B,): `((cos - sin) x + v)/(cos + sin)`."""
+    """F(x, a) of a rectified flow at TrigFlow states x (B, C, H, W) and angles (B,): `((cos - sin) x + v)/(cos +
+    sin)`."""
     cos, sin = torch.cos(angle), torch.sin(angle)
     total = cos + sin
     state, time = x / like(total, x), sin / total
@@ -40,8 +41,8 @@ def trig_velocity(denoiser: Denoiser, x: Tensor, angle: Tensor, labels: Tensor, 
 
 @dataclass(frozen=True)
 class TrigConsistency:
-    """sCM's loss `|| F - sg[F + g] ||^2` with the normalised tangent g; clean data as x0 = x - t v stays what the network
-    says at every time, so samples come from one call, or from a few with fresh noise (`flow-stochastic`).
+    """sCM's loss `|| F - sg[F + g] ||^2` with the normalised tangent g; clean data as x0 = x - t v stays what the
+    network says at every time, so samples come from one call, or from a few with fresh noise (`flow-stochastic`).
 
     Angles are `arctan(e^tau)`, tau normal. warmup: steps over which the unstable terms of g come in.
     """
@@ -79,7 +80,8 @@ class TrigConsistency:
     def _derivative(
         self, denoiser: Denoiser, x: Tensor, angle: Tensor, labels: Tensor, flow: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(F, cos sin dF/da along the flow): tangents are scaled before, which is stable where the derivative is not."""
+        """(F, cos sin dF/da along the flow): tangents are scaled before, which is stable where the derivative is
+        not."""
         scale = torch.cos(angle) * torch.sin(angle)
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             state = forward_ad.make_dual(x, like(scale, x) * flow)
