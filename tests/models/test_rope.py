@@ -82,7 +82,7 @@ def test_yarn_scales_by_the_longest_axis():
 def test_every_rule_is_plain_at_training_sizes(name, size):
     positions = grid_positions(*(torch.arange(n) for n in size))
     for attention in ("none", "paper"):
-        table = rope_table(positions, 72, lengths=size, scaling=RopeScaling.named(name, attention=attention))
+        table = rope_table(positions, 72, lengths=size, scaling=RopeScaling.named(f"{name}+{attention}"))
         plain = rope_table(positions, 72)
         for got, want in zip(table, plain, strict=True):
             # The blends of three equal numbers may differ in the last bit of a double.
@@ -126,7 +126,7 @@ def test_products_depend_on_differences_only(rule):
 
 def test_one_table_for_a_batch_of_sizes_and_for_a_packed_row():
     """Online: per sample and per token, each as if it were alone."""
-    scaling = RopeScaling.named("vision-yarn", 4.0, "paper")
+    scaling = RopeScaling.named("vision-yarn+paper", 4.0)
     sizes = [(6, 3), (2, 9)]
     grids = [grid_positions(*(torch.arange(n) for n in size)) for size in sizes]
     alone = [rope_table(g, 12, lengths=s, scaling=scaling) for g, s in zip(grids, sizes, strict=True)]
@@ -164,10 +164,13 @@ def test_both_ways_of_turning_agree(monkeypatch):
 
 
 def test_config_round_trip_and_bad_input():
-    scaling = RopeScaling.named("vision-ntk", 24.0, "code-area")
+    scaling = RopeScaling.named("vision-ntk+code-area", 24.0)
+    assert scaling == RopeScaling("ntk", 24.0, True, "code-area")
     assert RopeScaling.from_dict(scaling.to_dict()) == scaling
     with pytest.raises(ConfigError, match="vision-ntk"):
         RopeScaling.named("visionntk")
+    with pytest.raises(ConfigError, match="paper"):
+        RopeScaling.named("ntk+papers")
     with pytest.raises(ConfigError, match="rule"):
         RopeScaling("dynamic")
     with pytest.raises(ConfigError, match="train_length"):

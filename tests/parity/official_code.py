@@ -1,13 +1,15 @@
-"""Runs the official repositories' models.py from a checkout, with stand-ins for the three classes they take from timm.
+"""Runs the official repositories' models from a checkout, with stand-ins for the classes they take from timm.
 
     PLIANT_OFFICIAL_DIT=/somewhere/DiT PLIANT_OFFICIAL_SIT=/somewhere/SiT pytest tests/parity/test_official.py
+    PLIANT_OFFICIAL_FIT=/somewhere/FiT pytest tests/parity/test_fit.py        (needs einops)
 
-Their code is CC BY-NC: it stays outside this project. It runs in this process, so point these only at checkouts of
-facebookresearch/DiT and willisma/SiT.
+Their code stays outside this project (DiT's and SiT's is CC BY-NC). It runs in this process, so point these only at
+checkouts of facebookresearch/DiT, willisma/SiT and whlzy/FiT.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -64,12 +66,41 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class SwiGLU(nn.Module):
+    """timm's: the SiLU of one linear times another, then a third."""
+
+    def __init__(self, in_features: int, hidden_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1_g = nn.Linear(in_features, hidden_features, bias=bias)
+        self.fc1_x = nn.Linear(in_features, hidden_features, bias=bias)
+        self.fc2 = nn.Linear(hidden_features, in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(nn.functional.silu(self.fc1_g(x)) * self.fc1_x(x))
+
+
+# Module -> what is taken from it. The last three are FiT's: triton is imported for nothing, sincos was never released,
+# and eval_utils, which wants diffusers and more, only loads checkpoints.
+STAND_INS: dict[str, dict[str, Any]] = {
+    "timm": {},
+    "timm.models": {},
+    "timm.models.vision_transformer": {"PatchEmbed": PatchEmbed, "Attention": Attention, "Mlp": Mlp},
+    "timm.layers": {},
+    "timm.layers.mlp": {"SwiGLU": SwiGLU, "Mlp": Mlp},
+    "triton": {},
+    "triton.language": {},
+    "fit.model.sincos": {"get_2d_sincos_pos_embed_from_grid": None},
+    "fit.utils.eval_utils": {"init_from_ckpt": None},
+}
+
+
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    names = ("timm", "timm.models", "timm.models.vision_transformer")
-    before = {name: sys.modules.get(name) for name in names}
-    modules = {name: ModuleType(name) for name in names}
-    vars(modules[names[-1]]).update(PatchEmbed=PatchEmbed, Attention=Attention, Mlp=Mlp)
+    before = {name: sys.modules.get(name) for name in STAND_INS}
+    modules = {name: ModuleType(name) for name in STAND_INS}
+    for name, module in modules.items():
+        vars(module).update(STAND_INS[name])
+    vars(modules["triton"]).update(language=modules["triton.language"])
     sys.modules.update(modules)
     try:
         yield
@@ -82,10 +113,18 @@ def _stand_ins() -> Iterator[None]:
 
 
 def official_models(kind: str) -> ModuleType:
-    """models.py of the checkout that $PLIANT_OFFICIAL_DIT or _SIT points at; skips the test without one."""
+    """The models of the checkout that $PLIANT_OFFICIAL_DIT, _SIT or _FIT points at; skips the test without one."""
     variable = f"PLIANT_OFFICIAL_{kind.upper()}"
     if variable not in os.environ:
         pytest.skip(f"set {variable} to a checkout of the official repository to compare with its code")
+    if kind == "fit":
+        pytest.importorskip("einops")
+        sys.path.insert(0, os.environ[variable])
+        try:
+            with _stand_ins():
+                return importlib.import_module("fit.model.fit_model")
+        finally:
+            sys.path.remove(os.environ[variable])
     file = Path(os.environ[variable]) / "models.py"
     spec = importlib.util.spec_from_file_location(f"official_{kind}", file)
     assert spec is not None and spec.loader is not None
@@ -97,8 +136,8 @@ def official_models(kind: str) -> ModuleType:
 
 @torch.no_grad()
 def official_network(kind: str, **sizes: Any) -> nn.Module:
-    """A DiT or SiT of the official code in eval mode, every parameter but the positions random."""
-    network = getattr(official_models(kind), {"dit": "DiT", "sit": "SiT"}[kind])(**sizes).eval()
+    """A DiT, SiT or FiT of the official code in eval mode, every parameter but the positions random."""
+    network = getattr(official_models(kind), {"dit": "DiT", "sit": "SiT", "fit": "FiT"}[kind])(**sizes).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         if parameter.requires_grad:

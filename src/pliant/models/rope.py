@@ -20,6 +20,8 @@ from pliant.errors import ConfigError, ShapeError, suggest
 Rule: TypeAlias = Literal["none", "linear", "ntk", "ntk-by-parts", "yarn"]
 AttentionScale: TypeAlias = Literal["none", "paper", "code-side", "code-area"]
 
+SCALES = get_args(AttentionScale)
+
 # The names of FiT's paper -> (rule, per axis?).
 NAMED: dict[str, tuple[Rule, bool]] = {
     "none": ("none", True),
@@ -51,7 +53,7 @@ class RopeScaling:
     """What logits are multiplied by, see `logit_scale`. YaRN's own factor comes on top."""
 
     def __post_init__(self) -> None:
-        for name, kinds in (("rule", get_args(Rule)), ("attention", get_args(AttentionScale))):
+        for name, kinds in (("rule", get_args(Rule)), ("attention", SCALES)):
             if getattr(self, name) not in kinds:
                 raise ConfigError(f"unknown RoPE {name} {getattr(self, name)!r}: {suggest(getattr(self, name), kinds)}")
         if not self.train_length > 0 or not math.isfinite(self.train_length):
@@ -60,12 +62,18 @@ class RopeScaling:
             raise ConfigError(f"attention scale {self.attention!r} needs train_length > 1, got {self.train_length}")
 
     @staticmethod
-    def named(name: str, train_length: float = 16.0, attention: AttentionScale = "none") -> RopeScaling:
-        """"vision-ntk", "yarn", ... Raises ConfigError with the nearest name."""
-        if name not in NAMED:
-            raise ConfigError(f"unknown extrapolation {name!r}: {suggest(name, NAMED)}")
-        rule, per_axis = NAMED[name]
-        return RopeScaling(rule, train_length, per_axis, attention)
+    def named(name: str, train_length: float = 16.0) -> RopeScaling:
+        """"vision-ntk", "yarn", "vision-ntk+paper", ...: a rule, and perhaps an attention scale.
+
+        Raises ConfigError with the nearest name.
+        """
+        rule_name, plus, attention = name.partition("+")
+        if rule_name not in NAMED:
+            raise ConfigError(f"unknown extrapolation {name!r}: {suggest(rule_name, NAMED)}")
+        if plus and attention not in SCALES:
+            raise ConfigError(f"unknown attention scale in {name!r}: {suggest(attention, SCALES)}")
+        rule, per_axis = NAMED[rule_name]
+        return RopeScaling(rule, train_length, per_axis, attention if plus else "none")  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
