@@ -164,5 +164,6 @@ def test_encode_verb(tmp_path: Path) -> None:
     assert LatentSet(tmp_path / "out").channels == 2
     assert "6 latents of 2 channels" in run_here(*arguments, "--flip", "--dtype", "fp16").out
     refused(run_here(*arguments, "--dtype", "int8"), "int8", "fp16")
+    refused(run_here(*arguments, "--precision", "fp8"), "fp8", "fp16")
     refused(run_here("encode", tmp_path / "none", tmp_path / "o", "--autoencoder", tmp_path), "does not exist")
     refused(run_here("encode", source, tmp_path / "o", "--autoencoder", tmp_path / "none"), "none")

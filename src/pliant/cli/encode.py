@@ -47,6 +47,9 @@ def encode(
     ] = 2,
     flip: Annotated[bool, typer.Option("--flip", help="Store mirrored images too.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="Of the stored latents: fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="The autoencoder computes in fp32, bf16 or fp16.")
+    ] = "fp32",
     split: Annotated[str, typer.Option("--split", help="Of a Hub data set.")] = "train",
     image_column: Annotated[str, typer.Option("--image-column")] = "image",
     label_column: Annotated[str, typer.Option("--label-column", help="Empty: no labels.")] = "label",
@@ -72,13 +75,15 @@ def encode(
     from pliant.training.data import autoencoder_encode, cached_latents, open_any_size
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if dtype not in types:
-        raise ConfigError(f"unknown dtype {dtype!r}: {suggest(dtype, types)}")
-    model = load_autoencoder(autoencoder).to(pick_device(device)).to(memory_format=torch.channels_last)
+    for name in (dtype, precision):
+        if name not in types:
+            raise ConfigError(f"unknown number format {name!r}: {suggest(name, types)}")
+    model = load_autoencoder(autoencoder).to(pick_device(device), types[precision])
+    model = model.to(memory_format=torch.channels_last)  # a third faster on CPUs
     unit = downscale_factor(model) * patch
     channels = int(getattr(model.config, "in_channels", 3))
     images = open_any_size(source, channels, side, unit, split, image_column, label_column or None, limit)
-    key = f"{source} ({split}) within {side}x{side} by {unit}, {autoencoder}"
+    key = f"{source} ({split}) within {side}x{side} by {unit}, {autoencoder} in {precision}"
     try:
         with progress("encoding") as advance:
             latents = cached_latents(
