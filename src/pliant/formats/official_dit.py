@@ -98,14 +98,14 @@ def read_config(state: StateFile, options: dict[str, Any]) -> DiTConfig:
     """
     if not is_official(state):
         raise FormatError(f"{state.file} is no DiT or SiT: {other_architecture(state.tensors)}")
-    width, channels, ph, pw = _shape(state, "x_embedder.proj.weight", 4)
-    rows = _shape(state, "y_embedder.embedding_table.weight", 2)[0]
-    out = _shape(state, "final_layer.linear.weight", 2)[0] / (ph * pw * channels)
-    hidden = _shape(state, "blocks.0.mlp.fc1.weight", 2)[0]
+    width, channels, ph, pw = stored_shape(state, "x_embedder.proj.weight", 4)
+    rows = stored_shape(state, "y_embedder.embedding_table.weight", 2)[0]
+    out = stored_shape(state, "final_layer.linear.weight", 2)[0] / (ph * pw * channels)
+    hidden = stored_shape(state, "blocks.0.mlp.fc1.weight", 2)[0]
     if out not in (1, 2):
         raise FormatError(f"{state.file}: the final layer has {out:g} times the input's channels, expected 1 or 2")
     depth = 1 + max(int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, state.tensors) if m)
-    classes, dropout = _classes(state, rows, options.get("num_classes"))
+    classes, dropout = stored_classes(state, rows, options.get("num_classes"))
     return DiTConfig(
         input_size=_input_size(state, (ph, pw), options.get("input_size")),
         patch_size=(ph, pw),
@@ -120,7 +120,7 @@ def read_config(state: StateFile, options: dict[str, Any]) -> DiTConfig:
     )
 
 
-def _shape(state: StateFile, name: str, rank: int) -> tuple[int, ...]:
+def stored_shape(state: StateFile, name: str, rank: int) -> tuple[int, ...]:
     tensor = state.tensors.get(name)
     if tensor is None:
         raise FormatError(f"{state.file} lacks the tensor {name!r}; the file is incomplete or of another architecture")
@@ -133,7 +133,7 @@ def _input_size(state: StateFile, patch: tuple[int, int], given: Any) -> tuple[i
     """The table of positions says how many tokens there are; official models are square."""
     if given is not None:
         return patch_pair(given)
-    tokens = _shape(state, "pos_embed", 3)[1]
+    tokens = stored_shape(state, "pos_embed", 3)[1]
     side = square_side(tokens)
     if side is None:
         raise FormatError(f"{state.file} has {tokens} tokens, no square; say the latent's size with input_size=(h, w)")
@@ -154,7 +154,7 @@ def _heads(state: StateFile, width: int, given: Any) -> int:
     raise ConfigError(f"{state.file} does not say how many heads its attention has; say it with heads=")
 
 
-def _classes(state: StateFile, rows: int, given: Any) -> tuple[int, float]:
+def stored_classes(state: StateFile, rows: int, given: Any) -> tuple[int, float]:
     """The label table has one row more than classes unless the model was trained without label dropout."""
     if given is None or int(given) == rows - 1:
         return rows - 1, 0.1

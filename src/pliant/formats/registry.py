@@ -13,7 +13,7 @@ import torch
 
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, FormatError, suggest
-from pliant.formats import diffusers, native, official_dit, sit
+from pliant.formats import diffusers, fit, native, official_dit, sit
 from pliant.formats.locate import WEIGHT_ENDINGS, locate
 from pliant.formats.source import Source, check_options
 from pliant.formats.state_files import StateFile, other_architecture, read_state
@@ -46,6 +46,7 @@ FORMATS: dict[str, Format] = {
     "diffusers": Format("folder of DiTTransformer2DModel or DiTPipeline", True, diffusers.find, diffusers.save),
     "official-dit": Format("facebookresearch/DiT's .pt, or .safetensors", False, official_dit.find, official_dit.save),
     "sit": Format("willisma/SiT's .pt, or .safetensors", False, sit.find, sit.save),
+    "fit": Format("whlzy/FiT's .pt, .bin or .safetensors", False, fit.find, fit.save),
 }
 
 
@@ -88,7 +89,8 @@ def load(source: str | Path, format: str | None = None, *, revision: str | None 
 
     source: a folder, a file, the name of a bundled model ("digits"), or a Hub id ("owner/name", with `revision`).
     format: one of `FORMATS`, where the content does not say it (SiT's files look like DiT's).
-    options: for official files `heads`, `input_size`, `num_classes`; for these and diffusers `path`, `prediction`.
+    options: for official files `heads`, `input_size`, `num_classes`; for these and diffusers `path`, `prediction`; for
+    FiT also `patch_size`, `qk_norm`, `extrapolation`, `train_length`, `train_tokens`.
 
     Weights come back in fp32, the network in eval mode; `metadata` says where it came from and what was assumed.
     Raises FormatError, in one line, for missing, damaged, unsafe or foreign files.
@@ -124,9 +126,11 @@ def _single_file(folder: Path) -> Path | None:
 
 
 def _file_format(state: StateFile) -> tuple[str, tuple[str, ...]]:
-    """DiT or SiT, and what had to be assumed. Raises FormatError for another architecture."""
+    """DiT, SiT or FiT, and what had to be assumed. Raises FormatError for another architecture."""
+    if fit.is_fit(state):
+        return "fit", ()
     if not official_dit.is_official(state):
-        raise FormatError(f"{state.file} is no DiT or SiT: {other_architecture(state.tensors)}")
+        raise FormatError(f"{state.file} is no DiT, SiT or FiT: {other_architecture(state.tensors)}")
     said = sit.says_sit(state)
     if said is not None:
         return ("sit" if said else "official-dit"), ()
@@ -182,7 +186,7 @@ def _check_folder(folder: Path, format: str) -> None:
     """A folder is replaced as a whole, so it may only hold what a model folder holds."""
     if folder.suffix in WEIGHT_ENDINGS:
         raise FormatError(
-            f"format {format!r} is a folder, {folder.name!r} names a file; for a file choose 'official-dit' or 'sit'"
+            f"format {format!r} is a folder, {folder.name!r} names a file; 'official-dit', 'sit', 'fit' are files"
         )
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder} is a file; name a new folder for format {format!r}")

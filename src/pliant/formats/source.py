@@ -14,6 +14,7 @@ from torch import Tensor
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, FormatError, suggest
 from pliant.models.dit import SIZES, DiT, DiTConfig
+from pliant.models.fit import FiTConfig
 from pliant.models.network import NetworkConfig, family_of, named
 from pliant.models.positions import patch_positions
 from pliant.paths import NetworkTime, Path, PredictionType, get_path, path_from_config
@@ -41,6 +42,8 @@ class Source:
     def architecture(self) -> str:
         """A published name (DiT-XL/2), or the sizes of a network without one."""
         config = self.config
+        if isinstance(config, FiTConfig):
+            return config.name
         if not isinstance(config, DiTConfig):
             family = next(iter(self.identity["network"]))
             patch = named(config.patch_size)

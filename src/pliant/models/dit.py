@@ -18,7 +18,7 @@ from pliant.compute import Compute, TransformerShape
 from pliant.compute.sites import SiteModel
 from pliant.errors import ConfigError, ShapeError, suggest
 from pliant.models.layers import Block, TimestepEmbedder, modulated_norm
-from pliant.models.network import Backbone, Size
+from pliant.models.network import Backbone, NetworkConfig, Size
 from pliant.models.patches import patch_pair, patchify, token_grid, unpatchify
 from pliant.models.positions import patch_positions
 
@@ -148,7 +148,7 @@ class DiTConfig:
 class PatchEmbed(nn.Module):
     """Patches to tokens: one linear map, stored in the layout of a convolution kernel (D, C, ph, pw)."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.width, config.in_channels, *config.patch_size))
         self.bias = nn.Parameter(torch.zeros(config.width))

@@ -80,8 +80,8 @@ class FiTConfig:
             raise ConfigError("depth, width, heads, in_channels and num_classes must be at least 1")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ConfigError(
-                f"width {self.width} must split into {self.heads} heads of a multiple of 4 features: a half for rows, a "
-                f"half for columns, in pairs"
+                f"width {self.width} must split into {self.heads} heads of a multiple of 4 features: pairs for rows, "
+                f"as many for columns"
             )
         if min(self.train_length, self.train_tokens) < 1:
             raise ConfigError("train_length and train_tokens must be at least 1")
@@ -115,6 +115,17 @@ class FiTConfig:
             gated=True,
             modulation_rank=self.modulation_rank,
         )
+
+    @property
+    def name(self) -> str:
+        """The published name, or the sizes of a network without one."""
+        version = "FiT" if self.modulation_rank is None else "FiTv2"
+        ph, pw = self.patch_size
+        patch = str(ph) if ph == pw else f"{ph}x{pw}"
+        for name, size in SIZES.items():
+            if name.startswith(f"{version}-") and size == {k: getattr(self, k) for k in ("depth", "width", "heads")}:
+                return f"{name}/{patch}"
+        return f"{version} of width {self.width}, depth {self.depth}, {self.heads} heads, patch {patch}"
 
     @staticmethod
     def named(name: str, **options: Any) -> FiTConfig:
@@ -255,7 +266,9 @@ class FiT(Backbone):
         patch = self.config.patch_size
         if any(n < 1 or n % p for n, p in zip(size, patch, strict=True)):
             nearest = tuple(max(1, round(n / p)) * p for n, p in zip(size, patch, strict=True))
-            raise ShapeError(f"size {named(size)} is no multiple of the patch {named(patch)}; nearest: {named(nearest)}")
+            raise ShapeError(
+                f"size {named(size)} is no multiple of the patch {named(patch)}; the nearest that is: {named(nearest)}"
+            )
 
     def check_extrapolation(self, extrapolation: str) -> None:
         RopeScaling.named(extrapolation, self.config.train_length)

@@ -1,4 +1,4 @@
-"""A flexible network seen as sites, at one size: attention and MLP of every block, one after the other."""
+"""A network of rotary blocks seen as sites, at one size: attention and MLP of every block, one after the other."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from torch import Tensor
 
 from pliant.compute.sites import Branch, Site, State
 from pliant.errors import PlanError
-from pliant.models.flexible import FlexibleTransformer
 from pliant.models.layers import modulated_norm, per_token
 from pliant.models.network import Size
-from pliant.models.rotary import EPS, RotaryBlock
+from pliant.models.rotary import EPS, RotaryBlock, RotaryNetwork
 
 
 class FlexibleSites:
     """Site 2i is block i's attention, 2i+1 its MLP. The context is the call's modulations (B or 1, 6L+2, D)."""
 
-    def __init__(self, network: FlexibleTransformer, size: Size) -> None:
+    def __init__(self, network: RotaryNetwork, size: Size) -> None:
         self.network, self.size = network, size
         self.blocks = [cast(RotaryBlock, block) for block in network.blocks]
         self.rope = network.rope(size, network.patch, network.extrapolation, network.device)

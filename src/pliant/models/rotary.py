@@ -5,17 +5,18 @@ queries and keys, SwiGLU. Tokens come as sequences of one length, or as several 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.models.layers import linear, modulated_norm, per_token
+from pliant.models.network import Size
 from pliant.models.rope import apply_rope
 
 Rope: TypeAlias = tuple[Tensor, Tensor]
-"""(cos, sin) of the tokens of one sequence, (N, head width / 2) each."""
+"""(cos, sin) of the tokens of one sequence, (N, head width / 2) each; (B, 1, N, head width / 2): of every sequence."""
 EPS = 1e-6
 
 
@@ -32,23 +33,27 @@ class RotaryBlock(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: Rope) -> Tensor:
-        """x (B, N, D); modulation (B or 1, 6, D): shift, 1+scale, gate of attention, then of the MLP -> (B, N, D)."""
+    def forward(self, x: Tensor, modulation: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, D); modulation (B or 1, 6, D): shift, 1+scale, gate of attention, then of the MLP -> (B, N, D).
+
+        Rows of several images modulate every token on its own: modulation (B, 6, N, D). `mask`: (B, 1, N, N), True =
+        attend.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
-        x = torch.addcmul(x, per_token(gate1), self.attention(modulated_norm(x, shift1, scale1, EPS), rope))
+        x = torch.addcmul(x, per_token(gate1), self.attention(modulated_norm(x, shift1, scale1, EPS), rope, mask))
         return torch.addcmul(x, per_token(gate2), self.mlp(modulated_norm(x, shift2, scale2, EPS)))
 
-    def attention(self, x: Tensor, rope: Rope) -> Tensor:
-        """(B, N, D) -> (B, N, D): every token attends to all of its sequence."""
-        return linear(self.attend(linear(x, self.qkv, None), rope), self.proj, None)
+    def attention(self, x: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D): every token attends to all of its sequence, or to those of the mask."""
+        return linear(self.attend(linear(x, self.qkv, None), rope, mask), self.proj, None)
 
-    def attend(self, qkv: Tensor, rope: Rope) -> Tensor:
+    def attend(self, qkv: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
         """Queries, keys and values (B, N, 3D) -> (B, N, D), before the output projection."""
         b, n, _ = qkv.shape
         q, k, v = qkv.view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if self.qk_norm:
             q, k = (F.layer_norm(u, u.shape[-1:], eps=EPS) for u in (q, k))
-        out = F.scaled_dot_product_attention(apply_rope(q, *rope), apply_rope(k, *rope), v)
+        out = F.scaled_dot_product_attention(apply_rope(q, *rope), apply_rope(k, *rope), v, attn_mask=mask)
         return out.transpose(1, 2).reshape(b, n, -1)
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -83,6 +88,29 @@ def _like(flat: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
 def _gated(xs: Sequence[Tensor], modulations: Sequence[Tensor], row: int, change: Tensor) -> list[Tensor]:
     parts = zip(xs, modulations, _like(change, xs), strict=True)
     return [torch.addcmul(x, m[:, row, None], part) for x, m, part in parts]
+
+
+class RotaryNetwork(Protocol):
+    """What a network made of rotary blocks shows of itself to whoever runs it block by block."""
+
+    blocks: nn.ModuleList
+    patch: Size
+    extrapolation: str
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def rope(self, size: Size, patch: Size, extrapolation: str, device: torch.device) -> Rope:
+        """Of the tokens of a state of this size."""
+        ...
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, *size) -> the blocks' input (B, N, D)."""
+        ...
+
+    def read(self, tokens: Tensor, modulations: Tensor, size: Size) -> Tensor:
+        """The blocks' output (B, N, D) and (B, 6*depth + 2, D) -> (B, C_out, *size)."""
+        ...
 
 
 class LowRankModulation(nn.Module):
