@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +22,7 @@ from pliant.paths import (
     get_path,
     get_time_density,
     log_snr_times,
+    resolution_shift,
     respaced_times,
     shifted_times,
     uniform_times,
@@ -224,6 +228,83 @@ def test_densities(name: str, options: dict[str, float], cdf: Callable[[Tensor],
     assert torch.equal(t, density.sample(20_000, torch.Generator().manual_seed(0)))
     config = density.to_config()
     assert get_time_density(config.pop("name"), **config) == density
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "std"),
+    [
+        ("uniform", {}, math.sqrt(1 / 12)),
+        ("logit-normal", {}, 0.2082),
+        ("mode", {"scale": 1.29}, 0.21540),
+        ("mode", {"scale": 1.75}, 0.19444),
+        ("mode", {"scale": -1.0}, 0.35355),
+        ("cosmap", {}, 0.26136),
+    ],
+)
+def test_sd3_densities_against_their_own_samples(name: str, options: dict[str, float], std: float) -> None:
+    """Sheet B, 3: densities integrate to 1, and to the empirical distribution of 100,000 draws; published spread."""
+    density: Any = get_time_density(name, **options)
+    # Substituted t = sin^2: arcsine's poles at the ends become finite.
+    a = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000 * math.pi / 2
+    t, jacobian = torch.sin(a) ** 2, torch.sin(2 * a)
+    mass = density.density(t) * jacobian * (math.pi / 2 / 200_000)
+    assert float(mass.sum()) == pytest.approx(1.0, abs=1e-4)
+    mean = float((mass * t).sum())
+    assert mean == pytest.approx(0.5, abs=1e-4)
+    assert math.sqrt(float((mass * (t - mean) ** 2).sum())) == pytest.approx(std, abs=1e-4)
+    draws = density.sample(100_000, torch.Generator().manual_seed(1)).sort().values
+    levels = np.interp(draws.numpy(), t.numpy(), (mass.cumsum(0) - mass / 2).numpy())
+    assert np.abs(levels - np.arange(1, 100_001) / 100_000).max() < 0.006
+
+
+def test_published_values_of_sd3_densities() -> None:
+    def at(name: str, t: float, **options: float) -> float:
+        density: Any = get_time_density(name, **options)
+        return float(density.density(torch.tensor(t, dtype=torch.float64)))
+
+    assert at("logit-normal", 0.5) == pytest.approx(1.5957691, abs=1e-6)
+    assert at("logit-normal", 0.1) == pytest.approx(0.3965747, abs=1e-6)
+    assert at("logit-normal", 0.9) == pytest.approx(0.3965747, abs=1e-6)
+    assert at("logit-normal", 0.7, mean=1.0) > at("logit-normal", 0.3, mean=1.0)  # mean > 0 favours noise
+    assert at("cosmap", 0.5) == pytest.approx(4 / math.pi, abs=1e-6)
+    assert at("cosmap", 0.0) == pytest.approx(2 / math.pi, abs=1e-6)
+    assert at("mode", 0.5, scale=1.29) == pytest.approx(1 / (1 - 1.29 * (math.pi / 2 - 1)), abs=1e-6)
+    assert at("mode", 0.5, scale=1.29) == pytest.approx(3.79, abs=5e-3)
+    assert at("mode", 0.0, scale=1.29) == pytest.approx(1 / 2.29, abs=1e-6)
+    assert at("mode", 1.0, scale=1.29) == pytest.approx(1 / 2.29, abs=1e-6)
+    assert at("mode", 0.3, scale=0.0) == pytest.approx(1.0, abs=1e-6)
+    assert at("uniform", 0.3, low=0.2, high=0.6) == pytest.approx(2.5, abs=1e-6)
+    assert at("uniform", 0.7, low=0.2, high=0.6) == 0
+
+
+def test_resolution_shift_of_sd3() -> None:
+    """Sheet B, 3: published times, the exact move of log-SNR, the inverse, and the root of the token ratio."""
+    t = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    assert shifted_times(t, 3.0).tolist() == pytest.approx([0.25, 0.5, 0.75, 0.9, 0.9642857], abs=1e-7)
+    linear = get_path("linear")
+    for alpha in (0.5, 3.0, 4.0):
+        moved = shifted_times(t, alpha)
+        # `log_snr` is that of amplitudes, half of the sheet's.
+        assert (2 * linear.log_snr(moved) - 2 * linear.log_snr(t) + 2 * math.log(alpha)).abs().max() < 1e-6
+        assert (shifted_times(moved, 1 / alpha) - t).abs().max() < 1e-12
+    assert resolution_shift(4096, 256) == pytest.approx(4.0)  # 1024 px against 256 px
+    assert resolution_shift(64, 256) == pytest.approx(0.5)
+    # Lumina's rational grid (sheet B, 2), which counts time the other way: 4 takes 0.5 to 0.2 from noise.
+    assert 1 - float(shifted_times(torch.tensor(0.5, dtype=torch.float64), 4.0)) == pytest.approx(0.2)
+    assert torch.equal(shifted_times(t, 1.0), t)
+
+
+@pytest.mark.parametrize(
+    ("std", "alpha", "error"), [(4.0, 1.0, 0.24275), (4.0, 3.0, 0.15274), (0.25, 1.0, 0.24275), (0.25, 3.0, 0.52015)]
+)
+def test_the_shift_moves_the_grid_the_right_way(std: float, alpha: float, error: float) -> None:
+    """Sheet B, 3 (6): 8 Euler steps of the exact velocity of N(0, std^2); the error of the final deviation."""
+    times = shifted_times(uniform_times(8), alpha).tolist()
+    scale = 1.0
+    for t, s in itertools.pairwise(times):
+        velocity = (t - (1 - t) * std**2) / ((1 - t) ** 2 * std**2 + t**2)
+        scale *= 1 + (s - t) * velocity
+    assert abs(scale / std - 1) == pytest.approx(error, abs=1e-4)
 
 
 def test_bad_densities() -> None:

@@ -12,8 +12,7 @@ from pliant.cli.console import emit_json, table
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pliant.compute import TransformerShape
-    from pliant.models import DiTConfig
+    from pliant.models.network import NetworkConfig
 
 EXAMPLES = """\b
 Examples:
@@ -111,10 +110,10 @@ def _model(source: str, format: str | None, option: list[str] | None, sites: boo
 def sites_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
     """Every residual branch of the network at its own patch size, in order, with its exact FLOPs."""
     from pliant.compute import Compute, spent_macs
-    from pliant.models import DiTConfig
+    from pliant.models.network import family_of
 
-    config = DiTConfig.from_dict(identity["network"]["dit"])
-    shape = _shape(config, config.patch_size)
+    _, config = family_of(identity["network"])
+    shape = config.shape()
     total, count = 2 * spent_macs(shape, Compute()), 2 * config.depth
     rows = []
     for site in range(count):
@@ -140,39 +139,23 @@ def calls_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
     from pliant.adapters import ExitSpec, FlexSpec
     from pliant.adapters.exit_dit import config_of_exit
     from pliant.models import DiTConfig
+    from pliant.models.network import family_of
     from pliant.models.patches import patch_name
 
     network = identity["network"]
-    config, flex, exits = DiTConfig.from_dict(network["dit"]), network.get("flex"), network.get("exits")
+    (_, config), flex, exits = family_of(network), network.get("flex"), network.get("exits")
     own = config.patch_size
-    sizes = [own, *(p for p in (FlexSpec.from_dict(flex).patch_sizes if flex else ()) if p != own)]
+    more = FlexSpec.from_dict(flex).patch_sizes if flex else getattr(config, "patch_sizes", ())
+    sizes = [own, *(p for p in more if p != own)]
     calls: list[dict[str, Any]] = [{"patch": patch_name(patch), **_call(config, patch)} for patch in sizes]
-    for depth in ExitSpec.from_dict(exits).depths if exits else ():
-        calls.append({"patch": patch_name(own), "exit": depth, **_call(config_of_exit(config, depth), own)})
+    if exits and isinstance(config, DiTConfig):
+        for depth in ExitSpec.from_dict(exits).depths:
+            calls.append({"patch": patch_name(own), "exit": depth, **_call(config_of_exit(config, depth), own)})
     return [{**c, "share": c["flops"] / calls[0]["flops"]} for c in calls]
 
 
-def _call(config: DiTConfig, patch: tuple[int, int]) -> dict[str, int]:
+def _call(config: NetworkConfig, patch: tuple[int, ...]) -> dict[str, int]:
     from pliant.compute import MATMUL, macs
 
-    shape = _shape(config, patch)
+    shape = config.shape(patch=patch)
     return {"tokens": shape.tokens, "flops": 2 * macs(shape, MATMUL)}
-
-
-def _shape(config: DiTConfig, patch: tuple[int, int]) -> TransformerShape:
-    from pliant.compute import TransformerShape
-
-    rows, columns = config.grid(patch)
-    return TransformerShape(
-        depth=config.depth,
-        width=config.width,
-        heads=config.heads,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        patch=patch,
-        tokens=rows * columns,
-        mlp_ratio=config.mlp_ratio,
-        classes=config.label_rows,
-        block_heads=config.block_heads,
-        block_hidden=config.block_hidden,
-    )

@@ -7,6 +7,7 @@ Papers disagree on what they count, so the cost comes in named parts and a conve
 - `PUBLISHED`: `MATMUL` plus layer norms. Reproduces the DiT paper's table (it calls MACs "Gflops").
 - `WITHOUT_CONDITIONING`: `MATMUL` minus the work once per image (embedders, adaLN). FlexiDiT's percentages.
 - `BLOCKS`: the transformer blocks' token work only.
+- `FIT_PUBLISHED`: `MATMUL` minus the two products inside attention. FiT's and FiTv2's tables ("GFLOPs", again MACs).
 
 Formulas: DiT (arXiv 2212.09748, table of models) as counted by fvcore, FlexiDiT (arXiv 2502.20126).
 """
@@ -168,6 +169,7 @@ PUBLISHED: Convention = ALL_PARTS
 MATMUL: Convention = PUBLISHED - {"layer_norm"}
 WITHOUT_CONDITIONING: Convention = MATMUL - {"modulation", "embedders"}
 BLOCKS: Convention = WITHOUT_CONDITIONING - {"patch_embed", "final"}
+FIT_PUBLISHED: Convention = MATMUL - {"self_attention"}
 
 
 def cost_parts(shape: TransformerShape) -> CostParts:

@@ -109,6 +109,11 @@ class UniformDensity:
         u = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
         return self.low + (self.high - self.low) * u
 
+    def density(self, t: Tensor) -> Tensor:
+        """Of times t (any shape), float64."""
+        t = t.double()
+        return ((t >= self.low) & (t <= self.high)).double() / (self.high - self.low)
+
     def to_config(self) -> dict[str, Any]:
         return {"name": "uniform", "low": self.low, "high": self.high}
 
@@ -123,6 +128,12 @@ class LogitNormalDensity:
     def sample(self, n: int, generator: Generator) -> Tensor:
         z = torch.randn(n, generator=generator, dtype=torch.float64, device=generator.device)
         return torch.sigmoid(self.mean + self.std * z)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Of times t (any shape), float64."""
+        t = t.double()
+        z = (torch.logit(t) - self.mean) / self.std
+        return torch.exp(-0.5 * z.square()) / (self.std * math.sqrt(2.0 * math.pi) * t * (1.0 - t))
 
     def to_config(self) -> dict[str, Any]:
         return {"name": "logit-normal", "mean": self.mean, "std": self.std}
@@ -140,7 +151,20 @@ class ModeDensity:
 
     def sample(self, n: int, generator: Generator) -> Tensor:
         u = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
+        return self._time(u)
+
+    def _time(self, u: Tensor) -> Tensor:
         return 1.0 - u - self.scale * (torch.cos(0.5 * math.pi * u) ** 2 - 1.0 + u)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Of times t (any shape), float64: `1/(1 + s - s pi/2 sin(pi u))` at the u that t comes from."""
+        t = t.double()
+        low, high = torch.zeros_like(t), torch.ones_like(t)
+        for _ in range(60):  # t falls with u, in no closed form
+            u = 0.5 * (low + high)
+            above = self._time(u) > t
+            low, high = torch.where(above, u, low), torch.where(above, high, u)
+        return 1.0 / (1.0 + self.scale - self.scale * 0.5 * math.pi * torch.sin(0.5 * math.pi * (low + high)))
 
     def to_config(self) -> dict[str, Any]:
         return {"name": "mode", "scale": self.scale}
@@ -153,6 +177,11 @@ class CosMapDensity:
     def sample(self, n: int, generator: Generator) -> Tensor:
         u = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
         return 1.0 - 1.0 / (torch.tan(0.5 * math.pi * u) + 1.0)
+
+    def density(self, t: Tensor) -> Tensor:
+        """Of times t (any shape), float64."""
+        t = t.double()
+        return 2.0 / (math.pi * (1.0 - 2.0 * t + 2.0 * t.square()))
 
     def to_config(self) -> dict[str, Any]:
         return {"name": "cosmap"}
