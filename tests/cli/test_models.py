@@ -182,7 +182,7 @@ def damaged(kind: str, plain: Path, folder: Path) -> Path:
         ("truncated", []),
         ("code", []),
         ("bare pickle", []),
-        ("other network", ["no DiT or SiT"]),
+        ("other network", ["no DiT, SiT or FiT"]),
         ("text", []),
         ("empty", []),
     ],

@@ -92,6 +92,11 @@ class FiTConfig:
         token_grid(self.input_size, self.patch_size)
 
     @property
+    def flow_map(self) -> bool:
+        """Never: this network answers for one time, not for a jump between two."""
+        return False
+
+    @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
