@@ -61,6 +61,10 @@ class TransformerShape:
     """Hidden features of each site's token router; 0: there are none."""
     gated: bool = False
     """Whether MLPs multiply two first linears (SwiGLU), so that they have three."""
+    modulated: bool = True
+    """Whether there are a time embedder and adaLN; False: neither."""
+    injections: int = 0
+    """Linears D -> 3D on every token that feed later blocks (GET)."""
     modulation_rank: int | None = None
     """r of adaLN-LoRA: one D -> 6D linear shared by all blocks, and D -> r -> 6D in each; None: D -> 6D in each."""
 
@@ -111,6 +115,8 @@ class TransformerShape:
     def modulation_macs(self) -> int:
         """Multiply-adds of all adaLN linears, once per image: six vectors per block and two for the head."""
         L, D, rank = self.depth, self.width, self.modulation_rank
+        if not self.modulated:
+            return 0
         blocks = L * 6 * D * D if rank is None else 6 * D * D + L * (D * rank + rank * 6 * D)
         return blocks + 2 * D * D
 
@@ -179,7 +185,7 @@ def cost_parts(shape: TransformerShape) -> CostParts:
     cross = int(M > 0)
     return CostParts(
         patch_embed=N * shape.patch_volume * shape.in_channels * D,
-        self_projections=N * 4 * D * inner,
+        self_projections=N * (4 * D * inner + shape.injections * 3 * D * D),
         self_attention=2 * N * N * inner,
         mlp=N * shape.mlp_linears * D * hidden,
         cross_projections=cross * L * N * 2 * D * D,
@@ -189,7 +195,7 @@ def cost_parts(shape: TransformerShape) -> CostParts:
         lora=N * rank * ((L * D + 3 * inner) + (inner + L * D) + 2 * (L * D + hidden)),
         final=N * D * shape.patch_volume * shape.out_channels,
         modulation=shape.modulation_macs,
-        embedders=shape.time_embedders * (shape.frequency_dim * D + D * D),
+        embedders=shape.modulated * shape.time_embedders * (shape.frequency_dim * D + D * D),
         layer_norm=(2 * L + 1) * N * D,
     )
 

@@ -59,6 +59,10 @@ _ENTRIES = (
         "Rectified Diffusion, arXiv 2410.07303",
     ),
     Entry(
+        "get", "get", "GET", "one call of a weight-tied transformer that iterates to a fixed point",
+        "GET, NeurIPS 2023",
+    ),
+    Entry(
         "mean-flow", "flow_maps", "FlowMap", "mean velocities of whole jumps, by the MeanFlow identity",
         "MeanFlow, arXiv 2505.13447",
     ),

@@ -182,6 +182,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "dit": Family("pliant.models.dit", "DiTConfig", "DiT"),
+    "equilibrium": Family("pliant.models.equilibrium", "EquilibriumConfig", "EquilibriumTransformer"),
     "fit": Family("pliant.models.fit", "FiTConfig", "FiT"),
     "flexible": Family("pliant.models.flexible", "FlexibleConfig", "FlexibleTransformer"),
 }

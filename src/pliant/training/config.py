@@ -28,6 +28,7 @@ from pliant.training.flow_config import FlowMatchingConfig as FlowMatchingConfig
 from pliant.training.flow_map_config import (
     FLOW_MAP_SECTIONS,
     AlphaFlowConfig,
+    EquilibriumObjective,
     ImprovedMeanFlowConfig,
     MeanFlowConfig,
     SegmentedConfig,
@@ -61,6 +62,8 @@ class ModelConfig(Section):
 
     flexible: dict[str, Any] | None = None
     """Fields of FlexibleConfig: a new native network, for any size and several patch sizes."""
+    equilibrium: dict[str, Any] | None = None
+    """Fields of EquilibriumConfig: a new GET, which makes an image of noise in one call."""
     dit: dict[str, Any] | None = None
     """Fields of DiTConfig; `name: DiT-S/2` fills in a named size first."""
     from_: str | None = Field(default=None, alias="from")
@@ -80,11 +83,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
-        if sum(given is not None for given in (self.dit, self.flexible, self.from_)) != 1:
-            raise ValueError("give either `dit` or `flexible` (a new network) or `from` (a trained model)")
+        if sum(given is not None for given in (self.dit, self.flexible, self.equilibrium, self.from_)) != 1:
+            raise ValueError("give one of `dit`, `flexible`, `equilibrium` (a new network) or `from` (a trained model)")
         for name in ("flexify", "exits", "width", "routers"):
             if self.flexible is not None and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` is for a DiT; a flexible network has patch sizes from the start")
+            if self.equilibrium is not None and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is for a DiT, not for an equilibrium transformer")
         if self.exits is not None and self.from_ is None:
             raise ValueError("`exits` imitate a trained model: give `from`")
         return self
@@ -220,7 +225,8 @@ ObjectiveConfig = Annotated[
     | ShortcutConfig
     | TrajectoryConfig
     | SegmentedConfig
-    | TrigConsistencyConfig,
+    | TrigConsistencyConfig
+    | EquilibriumObjective,
     Field(discriminator="name"),
 ]
 

@@ -13,6 +13,7 @@ from pliant.training.distill_config import density
 from pliant.training.flow_config import MetricConfig, load_teacher
 from pliant.training.objectives.alpha_flow import AlphaFlow, Curriculum
 from pliant.training.objectives.base import Objective
+from pliant.training.objectives.equilibrium import EquilibriumDistillation
 from pliant.training.objectives.improved_mean_flow import ImprovedMeanFlow
 from pliant.training.objectives.mean_flow import MeanFlow
 from pliant.training.objectives.segmented import SegmentedConsistency
@@ -183,6 +184,17 @@ class TrigConsistencyConfig(ObjectiveSection):
         )  # fmt: skip
 
 
+class EquilibriumObjective(ObjectiveSection):
+    """GET's regression of pairs, at every iteration."""
+
+    name: Literal["equilibrium"]
+    metric: MetricConfig = MetricConfig(name="l1")
+    decay: float = Field(default=0.8, gt=0, le=1)
+
+    def build(self, denoiser: Denoiser) -> Objective:
+        return EquilibriumDistillation(self.metric.build(), self.decay)
+
+
 FLOW_MAP_SECTIONS = (
     MeanFlowConfig,
     ImprovedMeanFlowConfig,
@@ -192,4 +204,5 @@ FLOW_MAP_SECTIONS = (
     TrajectoryConfig,
     SegmentedConfig,
     TrigConsistencyConfig,
+    EquilibriumObjective,
 )

@@ -15,6 +15,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, DataError
 from pliant.models.autoencoders import config_scaling, downscale_factor, load_autoencoder
 from pliant.models.dit import DiT, DiTConfig
+from pliant.models.equilibrium import EquilibriumConfig, EquilibriumTransformer
 from pliant.models.flexible import FlexibleConfig, FlexibleTransformer
 from pliant.models.network import Backbone, named
 from pliant.paths import (
@@ -140,6 +141,8 @@ def _new(config: TrainConfig) -> Denoiser:
         torch.manual_seed(derived_seed("weights", config.seed))
         if config.model.flexible is not None:
             network = FlexibleTransformer(FlexibleConfig.from_dict(config.model.flexible))
+        elif config.model.equilibrium is not None:
+            network = EquilibriumTransformer(EquilibriumConfig.from_dict(config.model.equilibrium))
         else:
             network = DiT(_dit_config(config.model, learn_sigma=ddpm))
     return Denoiser(network, path, prediction, _network_time(config, path), preconditioning=preconditioning)
