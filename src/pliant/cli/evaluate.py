@@ -124,7 +124,7 @@ def evaluate(
         decoder = open_decoder(decode, denoiser)
     elif denoiser.config.in_channels not in (1, 3):
         raise ConfigError("this model makes latents, which have no features: give --decode with its autoencoder")
-    name = extractor or _default_extractor(denoiser.image_shape)
+    name = extractor or default_extractor(denoiser.image_shape)
     network = get_extractor(ALIASES.get(name, name), str(denoiser.device))
     real = load_reference(reference, network, size=None if decoder else denoiser.image_shape[1:])
     if save is not None and processes.main:
@@ -162,7 +162,8 @@ def evaluate(
         print("no interval: give --repeats 3 or more")
 
 
-def _default_extractor(shape: tuple[int, int, int]) -> str:
+def default_extractor(shape: tuple[int, int, int]) -> str:
+    """The extractor for images (C, H, W) where none is named."""
     return {(1, 8, 8): "digits-classifier", (3, 32, 32): "cifar10-classifier"}.get(shape, "inception")
 
 

@@ -20,6 +20,7 @@ from pliant.cli import (
     evaluate,
     exits,
     flexify,
+    frontier,
     info,
     plan,
     sample,
@@ -64,7 +65,10 @@ def root(
         print(context.get_help())
 
 
-for verb in (demo, info, convert, encode, flexify, exits, train, distill, plan, sample, stream, evaluate, solvers):
+VERBS = (
+    demo, info, convert, encode, flexify, exits, train, distill, plan, sample, stream, evaluate, frontier, solvers,
+)  # fmt: skip
+for verb in VERBS:
     verb.register(app)
 
 
