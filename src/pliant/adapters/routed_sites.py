@@ -33,9 +33,6 @@ class RoutedSites(DiTTokens):
             raise PlanError("routed tokens need attention in fp32 or bf16: 8-bit layers cannot answer queries alone")
         weight, bias = block.qkv.weight, block.qkv.bias
         inner = weight.shape[0] // 3
-        side = inner // block.heads
-        b, n, _ = rows[0].shape
-        q = F.linear(rows[0], weight[:inner], bias[:inner]).view(b, n, block.heads, side).transpose(1, 2)
-        both = F.linear(seen[0], weight[inner:], bias[inner:])
-        k, v = both.view(b, seen[0].shape[1], 2, block.heads, side).permute(2, 0, 3, 1, 4)
+        q = F.linear(rows[0], weight[:inner], bias[:inner])
+        k, v = F.linear(seen[0], weight[inner:], bias[inner:]).chunk(2, dim=-1)
         return self._attended(s, q, k, v)

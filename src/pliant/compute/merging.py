@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pliant.compute.subset import flat_rows, take_tokens
 from pliant.compute.tokens import Merge
 from pliant.errors import ShapeError
 
@@ -56,18 +57,21 @@ class Matching:
 
     def merge(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N - r, D): the kept sources, then the destinations, averaged with what merges into them."""
-        kept, merged, ends = _take(x, self.kept), _take(x, self.merged), x[:, self.destinations]
-        index = self.into[..., None].expand(-1, -1, x.shape[-1])
-        return torch.cat([kept, ends.scatter_reduce(1, index, merged, "mean", include_self=True)], dim=1)
+        ends = self.destinations.expand(len(x), -1)
+        rows = take_tokens(x, torch.cat([self.kept, ends], dim=1))
+        places = flat_rows(self.into + self.kept.shape[1], rows.shape[1])
+        flat = rows.flatten(0, 1).index_add(0, places, take_tokens(x, self.merged).flatten(0, 1))
+        size = torch.ones(len(flat), 1, dtype=x.dtype, device=x.device)
+        size.index_add_(0, places, torch.ones(len(places), 1, dtype=x.dtype, device=x.device))
+        return (flat / size).view(rows.shape)
 
     def unmerge(self, y: Tensor) -> Tensor:
         """(B, N - r, D) -> (B, N, D): every token gets the row that it went into."""
-        own, ends = y[:, : self.kept.shape[1]], y[:, self.kept.shape[1] :]
-        tokens = y.shape[1] + self.merged.shape[1]
-        out = y.new_empty(len(y), tokens, y.shape[-1])
-        out[:, self.destinations] = ends
-        out.scatter_(1, self.kept[..., None].expand(-1, -1, y.shape[-1]), own)
-        return out.scatter_(1, self.merged[..., None].expand(-1, -1, y.shape[-1]), _take(ends, self.into))
+        kept, few = self.kept.shape[1], y.shape[1]
+        own = torch.arange(few, device=y.device).expand(len(y), -1)
+        tokens = torch.cat([self.kept, self.destinations.expand(len(y), -1), self.merged], dim=1)
+        source = torch.empty_like(tokens).scatter_(1, tokens, torch.cat([own, self.into + kept], dim=1))
+        return take_tokens(y, source)
 
 
 def match(metric: Tensor, grid: tuple[int, int], merge: Merge, moment: int) -> Matching | None:
@@ -86,7 +90,3 @@ def match(metric: Tensor, grid: tuple[int, int], merge: Merge, moment: int) -> M
     order = best.argsort(dim=1, descending=True, stable=True)
     first, rest = order[:, :gone], order[:, gone:]
     return Matching(sources[rest.sort(1).values], sources[first], partner.gather(1, first), destinations)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -63,13 +63,23 @@ def choose(scores: Tensor, drops: Tensor, subset: Subset) -> Tensor:
 
 
 def take_tokens(x: Tensor, active: Tensor) -> Tensor:
-    """Rows `active` (B, n) of x (B, N, D) -> (B, n, D)."""
-    return x.gather(1, active[..., None].expand(-1, -1, x.shape[-1]))
+    """Rows `active` (B, n) of x (B, N, D) -> (B, n, D).
+
+    Whole rows by their number in the batch: `gather` looks up every element, three to six times slower on a CPU.
+    """
+    return x.flatten(0, 1).index_select(0, flat_rows(active, x.shape[1])).view(*active.shape, x.shape[2])
 
 
 def put_tokens(x: Tensor, rows: Tensor, active: Tensor) -> Tensor:
     """x (B, N, D) with `rows` (B, n, D) in the places `active` (B, n); a new tensor."""
-    return x.scatter(1, active[..., None].expand(-1, -1, x.shape[-1]), rows.to(x.dtype))
+    places = flat_rows(active, x.shape[1])
+    return x.flatten(0, 1).index_copy(0, places, rows.to(x.dtype).flatten(0, 1)).view(x.shape)
+
+
+def flat_rows(rows: Tensor, count: int) -> Tensor:
+    """(B, n) int64 row numbers of each sample -> (B * n,) row numbers in a batch of `count` rows per sample."""
+    first = torch.arange(len(rows), device=rows.device)[:, None] * count
+    return (rows + first).flatten()
 
 
 def pixels_of(active: Tensor, size: Sides, patch: Sides) -> Tensor:

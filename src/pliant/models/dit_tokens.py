@@ -21,18 +21,18 @@ class DiTTokens(DiTSites):
         return self.network.config.grid()
 
     def keyed(self, s: int, seen: State, context: Tensor) -> tuple[Branch, Branch]:
-        """The branch (B, N, D) of attention site s, and the keys and values (B, heads, N, D / heads)."""
-        q, k, v = self._heads(s, seen[0])
+        """The branch (B, N, D) of attention site s, and the keys and values (B, N, heads * side)."""
+        qkv = self._projected(s, seen[0])
+        q, k, v = qkv.chunk(3, dim=-1)
         # Copies: views would keep the queries alive too.
         return self._attended(s, q, k, v), (k.contiguous(), v.contiguous())
 
     def attend(self, s: int, seen: State, kept: Branch, active: Tensor, context: Tensor) -> tuple[Branch, Branch]:
         """seen (B, n, D), kept keys and values of all N tokens, active (B, n)."""
-        q, k, v = self._heads(s, seen[0])
+        q, k, v = self._projected(s, seen[0]).chunk(3, dim=-1)
         old_k, old_v = kept
         assert old_k is not None and old_v is not None
-        place = active[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        k, v = old_k.scatter(2, place, k.to(old_k.dtype)), old_v.scatter(2, place, v.to(old_v.dtype))
+        k, v = put_tokens(old_k, k, active), put_tokens(old_v, v, active)
         return self._attended(s, q, k, v), (k, v)
 
     def head_rows(self, state: State, active: Tensor, context: Tensor) -> Tensor:
@@ -43,13 +43,14 @@ class DiTTokens(DiTSites):
         whole = rows.new_zeros(len(rows), columns * lines, rows.shape[-1])
         return unpatchify(put_tokens(whole, rows, active), config.grid(), config.patch_size)
 
-    def _heads(self, s: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, heads, rows, D / heads) of x (B, rows, D)."""
-        block = self._plain_block(s)
-        q, k, v = linear(x, block.qkv, None).view(*x.shape[:2], 3, block.heads, -1).permute(2, 0, 3, 1, 4)
-        return q, k, v
+    def _projected(self, s: int, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side, (B, rows, 3 * heads * side), of x (B, rows, D)."""
+        return linear(x, self._plain_block(s).qkv, None)
 
     def _attended(self, s: int, q: Tensor, k: Tensor, v: Tensor) -> Branch:
+        """Queries (B, n, heads * side) of some tokens against keys and values (B, N, heads * side)."""
+        block = self._plain_block(s)
         # What was kept may be of another precision than this call's.
-        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))
-        return (linear(out.transpose(1, 2).reshape(len(q), q.shape[2], -1), self._plain_block(s).proj, None),)
+        heads = (part.to(q.dtype).unflatten(-1, (block.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads)
+        return (linear(out.transpose(1, 2).flatten(2), block.proj, None),)
