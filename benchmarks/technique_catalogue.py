@@ -7,13 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pliant import Compute, Denoiser
-from pliant.adapters import DynamicDiT
-from pliant.compute import LowBand, counted_flops
+from pliant.compute import LowBand
 from pliant.compute.sites import format_sites
 from pliant.guidance import Guidance
-from pliant.plans import Plan, Sampler
-from pliant.plans.caching.measure import run_plan
-from pliant.plans.caching.taken import taken_flops
+from pliant.plans import Plan
+from pliant.plans.caching.taken import spent_flops
 from pliant.plans.guiding import computed_every, computed_once, guided_between
 
 Made = tuple[Denoiser, Plan]
@@ -52,11 +50,7 @@ class Bench:
         model = model or self.model
         seeds = list(range(count or self.samples))
         labels = [k % model.num_classes for k in seeds]
-        if isinstance(model.network, DynamicDiT):  # which tokens pass an MLP by is not known before
-            return counted_flops(lambda: Sampler(model, plan)(labels, seeds)) / len(seeds)
-        if all(s.compute.gate is None for s in plan.steps):
-            return plan.cost(model).flops
-        return taken_flops(plan, model, run_plan(plan, model, labels, seeds).decisions)
+        return spent_flops(plan, model, labels, seeds)
 
     def cached(self, name: str, calibrate: bool = False, **options: Any) -> Made:
         """A caching preset, its calibration made once."""

@@ -490,21 +490,27 @@ class Denoiser:
         """FLOPs of one call for one image; a multiply-add counts 2.
 
         t: house time, on which the cost of a network with routed width depends; None: at full width. Tokens that such a
-        network skips depend on the image and are not deducted.
+        network skips depend on the image and are not deducted: this is the most that it can cost (see `least_flops`).
         """
         if t is not None and isinstance(self.network, DynamicDiT):
-            return 2 * self._width_macs(float(self.encode(torch.tensor(t, dtype=torch.float64))))
+            return 2 * self._width_macs(t, 1.0, convention)
         return 2 * spent_macs(self.shape(compute), compute or Compute(), convention)
 
-    def _width_macs(self, network_time: float) -> int:
+    def _width_macs(self, t: float, tokens: float, convention: Convention) -> int:
+        """At house time t, with this share of the tokens in every MLP."""
         from pliant.adapters.width_slicing import width_macs, width_variants
 
         assert isinstance(self.network, DynamicDiT)
-        time = torch.tensor([network_time], dtype=torch.float32, device=self.device)
-        return width_macs(width_variants(self.network, time)[0])
+        time = self.encode(torch.tensor([t], dtype=torch.float64)).float().to(self.device)
+        return width_macs(width_variants(self.network, time)[0], (tokens,) * self.config.depth, convention)
 
-    def least_flops(self, compute: Compute, convention: Convention = MATMUL) -> int:
-        """FLOPs of one call if its gate reuses; the same as `flops` without a gate."""
+    def least_flops(self, compute: Compute, convention: Convention = MATMUL, t: float | None = None) -> int:
+        """FLOPs of one call if its gate reuses, or if its token routers let every token pass the MLPs by.
+
+        The same as `flops` where nothing is decided while sampling. t: as for `flops`.
+        """
+        if t is not None and isinstance(self.network, DynamicDiT):
+            return 2 * self._width_macs(t, 0.0, convention)
         return 2 * spent_macs(self.shape(compute), compute, convention, hit=True)
 
     @property

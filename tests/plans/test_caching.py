@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from pliant.paths import NetworkTime, get_path
 from pliant.plans import Plan, Step, sample
 from pliant.plans.caching import Target, with_caching
 from pliant.plans.caching.forecasts import spectrum, taylorseer, taylorseer_diffusers
-from pliant.plans.caching.intervals import deepcache, delta_dit, fastercache, fora, pab
+from pliant.plans.caching.intervals import crowded, deepcache, delta_dit, fastercache, fora, pab
 from pliant.plans.caching.magcache import resampled
 from pliant.plans.caching.rows import Row
+from pliant.plans.guiding import computed_every
 
 BLOCKS, SITES, STEPS = 4, 8, 12
 CALIBRATED = {"magcache": {"ratios": [1.0] * STEPS}, "l2c": {"routers": {str(i): "R2C6" for i in range(1, STEPS, 2)}}}
@@ -125,10 +127,37 @@ def test_spectrum_forecasts_from_all_full_steps_in_the_window() -> None:
 def test_deepcache_and_delta_dit() -> None:
     rows = deepcache(target(7), interval=3)
     assert full_steps(rows) == [0, 3, 6] and rows[1].sites == "R2C4R2" and rows[0].write == ("span(2,6)",)
+    uneven = deepcache(target(50), interval=5, center=15)
+    assert full_steps(uneven) == crowded(50, 10, 15) and uneven[1].sites == "R2C4R2"
     rows = delta_dit(target(10), interval=3, cut=5)
     assert full_steps(rows) == [0, 3, 5, 8]  # the cut itself is full: the other span begins there
     assert rows[1].sites == "R4C4" and rows[6].sites == "C4R4"
     assert rows[0].write == ("span(4,8)",) and rows[5].write == ("span(0,4)",)
+
+
+def test_uneven_intervals_crowd_around_their_center() -> None:
+    """By hand: linspace((-15)^(1/1.2), 35^(1/1.2), 11)^1.2, truncated, plus 15."""
+    ends = -(15 ** (1 / 1.2)), 35 ** (1 / 1.2)
+    points = [ends[0] + (ends[1] - ends[0]) * j / 10 for j in range(1, 10)]
+    by_hand = [15 + int(abs(p) ** 1.2 * (1 if p > 0 else -1)) for p in points]
+    found = crowded(50, 10, 15)
+    assert found == [0, *by_hand]
+    gaps = [b - a for a, b in pairwise(found)]
+    assert min(gaps[2:5]) < 5 < gaps[-1], "dense around the center, sparse far from it"
+    assert crowded(20, 4, 0)[0] == 0 and len(crowded(20, 4, 0)) == 4
+    with pytest.raises(ConfigError, match="center 2 leaves no 10 distinct"):
+        crowded(10, 10, 2)
+
+
+def test_a_stream_that_missed_a_full_step_runs_in_full(model: Denoiser) -> None:
+    """FORA is full at 0, 2, 5, 8 of 9; the reference, every second step, misses 5 and 8 and must not reuse step 2's."""
+    plan = computed_every(Plan.uniform(model, 9, "euler"), Guidance.cfg(2.0), 2)
+    cached = plan.cached(model, "fora", interval=3)
+    runs = [s.guidance is not None and s.guidance.against == "null" for s in plan.steps]
+    reads = ["C" in (s.compute.sites or "") for s in cached.steps]
+    assert runs == [i % 2 == 0 for i in range(9)]
+    assert reads == [False, True, False, True, True, False, False, True, False]
+    sample(model, cached, [1], [0])
 
 
 def test_pab_reuses_inside_its_window_by_kind() -> None:

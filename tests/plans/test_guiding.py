@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from pliant.errors import ConfigError, PlanError
 from pliant.guidance import Guidance, Projected, Zero
 from pliant.models import DiT
 from pliant.plans import Plan, Sampler, sample
-from pliant.plans.guiding import computed_every, computed_once, guided_between, guided_plan, zero_star
+from pliant.plans.guiding import cfg_plus_plus, computed_every, computed_once, guided_between, guided_plan, zero_star
 
 
 @pytest.fixture
@@ -211,3 +212,32 @@ def test_ways_to_guide_by_name(make) -> None:  # type: ignore[no-untyped-def]
     ):
         with pytest.raises(PlanError, match=words):
             guided_plan(plan, g, name, **options)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
+def test_cfg_plus_plus_is_the_published_step(make, strength: float) -> None:  # type: ignore[no-untyped-def]
+    """x_s = (1-s) x0 + s n_u, with n_u = x + (1-t) u and x0 = x - t (u + strength (c - u)), on the linear path."""
+    model = make(flexible=False)
+    full = Compute(precision="fp32")
+    plan = cfg_plus_plus(Plan.uniform(model, 5, "euler", compute=full), Guidance.cfg(7.0), strength)
+    labels, null = torch.tensor([1, 2]), torch.full((2,), model.null_label)
+    start = x = torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(0))
+    for t, s in pairwise(plan.times):
+        c, u = model(x, t, labels).value, model(x, t, null).value
+        clean, noise = x - t * (u + strength * (c - u)), x + (1 - t) * u
+        x = (1 - s) * clean + s * noise
+    torch.testing.assert_close(sample(model, plan, labels, x=start), x, atol=2e-5, rtol=2e-5)
+
+
+def test_cfg_plus_plus_is_for_first_order_steps(make) -> None:  # type: ignore[no-untyped-def]
+    model, ddpm = make(flexible=False), make("ddpm", flexible=False)
+    scales = [s.guidance.scale for s in cfg_plus_plus(Plan.uniform(ddpm, 20, "ddim"), Guidance.cfg(3.0), 0.6).steps]
+    assert all(g >= 0.6 for g in scales) and scales[-1] == pytest.approx(0.6) and max(scales) > 1.5
+    assert guided_plan(Plan.uniform(model, 4, "ddim"), Guidance.cfg(3.0), "cfg++", strength=1).steps[0].guidance
+    for bad, words in (("dpmpp-2m", "ddim"), ("heun", "ddim")):
+        with pytest.raises(PlanError, match=words):
+            cfg_plus_plus(Plan.uniform(model, 4, bad), Guidance.cfg(3.0))
+    with pytest.raises(PlanError, match="0 to 1"):
+        cfg_plus_plus(Plan.uniform(model, 4, "ddim"), Guidance.cfg(3.0), 1.5)
+    with pytest.raises(PlanError, match="unconditional"):
+        cfg_plus_plus(Plan.uniform(model, 4, "ddim"), Guidance.auto(3.0))

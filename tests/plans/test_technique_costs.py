@@ -10,6 +10,7 @@ import torch
 
 from pliant.adapters.exits import attach_exits
 from pliant.adapters.flexify import flexify
+from pliant.adapters.route_width import route_width
 from pliant.compute import WITHOUT_CONDITIONING, Compute, LowBand, counted_flops
 from pliant.compute.cache import Cache
 from pliant.denoiser import Denoiser
@@ -19,7 +20,7 @@ from pliant.paths import NetworkTime, get_path
 from pliant.plans import Plan
 from pliant.plans.caching import CACHING
 from pliant.plans.caching.measure import run_plan
-from pliant.plans.caching.taken import taken_flops
+from pliant.plans.caching.taken import spent_flops, taken_flops
 from pliant.plans.cost import plan_cost
 from pliant.plans.engine import ModulationTable
 from pliant.plans.guiding import computed_every, computed_once, guided_between
@@ -155,3 +156,20 @@ def test_exits(model: Denoiser) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
 def test_precision_changes_no_count(model: Denoiser, precision: str) -> None:
     check(Plan.uniform(model, 3, "euler", Compute(precision=precision)), model)
+
+
+@pytest.mark.parametrize(("bias", "bound"), [(50.0, "flops"), (-50.0, "least_flops")])
+def test_token_routers_cost_between_the_least_and_the_most(model: Denoiser, bias: float, bound: str) -> None:
+    routed = route_width(model, routes=("tokens",))
+    plan = Plan.uniform(routed, 3, "euler", Compute(precision="fp32"))
+    for router in routed.network.routers.tokens:  # type: ignore[union-attr]
+        router.fc2.bias.data.fill_(bias)  # all tokens take every MLP, or none does
+    cost = plan_cost(plan, routed, WITHOUT_CONDITIONING)
+    assert cost.least_flops < 0.75 * cost.flops
+    assert counted_run(plan, routed)[0] == pytest.approx(getattr(cost, bound), rel=0.01)
+    for router in routed.network.routers.tokens:  # type: ignore[union-attr]
+        router.fc2.bias.data.zero_()
+        router.fc2.weight.data.normal_()
+    own = plan.cost(routed)
+    assert 1.02 * own.least_flops < spent_flops(plan, routed, [1, 2], [0, 1]) < 0.98 * own.flops
+    assert "token routers decide" in plan.describe(routed)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.adapters.width import DynamicDiT, TokenRouter, router_hidden
-from pliant.compute import TransformerShape, macs
+from pliant.compute import MATMUL, Convention, TransformerShape, macs
 from pliant.errors import ConfigError
 from pliant.models.dit import DiT, DiTConfig
 from pliant.models.layers import Block, Delta, linear, linear_gelu, modulated_norm, per_token
@@ -165,8 +165,10 @@ def width_variants(network: DynamicDiT, times: Tensor, cache: dict[Kept, DiT] | 
     return [made[kept] for kept in masks]
 
 
-def width_macs(network: DiT, tokens: Sequence[float] | None = None) -> int:
-    """Multiply-adds of one image's call of a sliced network (convention `MATMUL`), its token routers included.
+def width_macs(
+    network: DiT, tokens: Sequence[float] | None = None, convention: Convention = MATMUL
+) -> int:
+    """Multiply-adds of one image's call of a sliced network, its token routers included.
 
     tokens: share of the tokens that go through each block's MLP (`token_shares`); None: all of them.
     """
@@ -186,7 +188,8 @@ def width_macs(network: DiT, tokens: Sequence[float] | None = None) -> int:
             classes=config.label_rows,
             block_heads=config.block_heads,
             block_hidden=config.block_hidden,
-        )
+        ),
+        convention,
     )
     if not isinstance(network, SkippingDiT):
         return total

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pliant.cli.console import note
 from pliant.cli.models import parse_patch
 from pliant.errors import ConfigError
 
@@ -107,7 +108,14 @@ def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
         plan = _guided(plan, options)
     if options.precision is not None:
         plan = with_precision(plan, options.precision)
-    return plan if options.cache is None else plan.cached(model, **cache_config(options.cache))
+    if options.cache is None:
+        return plan
+    if (options.guide or "").partition(":")[0] == "every":
+        note(
+            "--cache with --guide every: a step that computes the reference again after the last full step was without "
+            "it runs in full, and gates compare with its last such step; `pliant plan` shows what is left to save"
+        )
+    return plan.cached(model, **cache_config(options.cache))
 
 
 def _guided(plan: Plan, options: PlanOptions) -> Plan:

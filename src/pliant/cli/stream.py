@@ -32,6 +32,7 @@ Examples:
   pliant stream digits frames/ -o out/ --class 3                     one PNG per frame, and stream.json
   pliant stream digits clip.gif -o out.gif --strength 0.5 --steps 2 --filter 0.98
   pliant stream digits frames/ -o out.gif --class 3 --guidance full --scale 1.5
+  pliant stream digits clip.mp4 -o out.mp4                           videos: pip install av
   pliant stream digits frames/ -o out.gif --levels 0.7,0.4,0.2 --solver flow-stochastic   re-noising, as published
   pliant stream digits frames/ -o out.gif --live 30                  as from a camera: late frames are dropped
 """
@@ -50,7 +51,7 @@ def stream(
         ),
     ],
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="A folder (a PNG each), .gif, .webp or .apng.")
+        Path, typer.Option("-o", "--out", help="A folder (a PNG each), .gif, .webp, .apng, .mp4, .mov, .mkv or .webm.")
     ] = Path("stream.gif"),
     strength: Annotated[
         float | None,

@@ -28,7 +28,8 @@ class PlanCost:
     """Network calls, guidance included."""
     step_flops: tuple[int, ...]
     least_flops: int
-    """If every gate that may reuse does, after its first call; equal to `flops` in a plan without gates."""
+    """If every gate that may reuse does, after its first call, and every token that may skip an MLP does; equal to
+    `flops` where nothing is decided while sampling."""
 
     @property
     def share(self) -> float:
@@ -46,12 +47,13 @@ def call_flops(
 ) -> int:
     """FLOPs of one evaluation: the conditional call and, if guided, its reference call.
 
-    hit: if their gates reuse. t: house time, for networks whose width depends on it.
+    hit: if their gates reuse and their token routers skip what they can. t: house time, for networks whose width
+    depends on it.
     """
     total = 0
     for call in evaluation_calls(compute, guidance):
         own = call.model(model)
-        once = own.least_flops(call.compute, convention) if hit else own.flops(call.compute, convention, t)
+        once = own.least_flops(call.compute, convention, t) if hit else own.flops(call.compute, convention, t)
         total += len(call.streams) * once
     return total
 
@@ -65,16 +67,23 @@ def evaluations_per_step(plan: Plan, model: Denoiser) -> list[int]:
 
 
 def plan_cost(plan: Plan, model: Denoiser, convention: Convention = MATMUL) -> PlanCost:
-    """The exact cost of `plan` on `model`. Raises PlanError or ConfigError if the model cannot run it."""
+    """The exact cost of `plan` on `model`. Raises PlanError or ConfigError if the model cannot run it.
+
+    What gates and token routers decide is not known before: `flops` is then the most, `least_flops` the least that
+    the plan can cost; `pliant.plans.caching.taken.spent_flops` measures it on samples.
+    """
     plan.check(model)
     counts = evaluations_per_step(plan, model)
     full = model.flops(Compute(), convention)
     step_flops = [0] * len(plan.steps)
+    saved = 0
     for evaluation in plan.program(model).evaluations:
         s, t = plan.steps[evaluation.step], evaluation.node.t
-        step_flops[evaluation.step] += call_flops(model, s.compute, s.guidance, convention, t=t)
+        most = call_flops(model, s.compute, s.guidance, convention, t=t)
+        step_flops[evaluation.step] += most
+        if s.compute.gate is None:
+            saved += most - call_flops(model, s.compute, s.guidance, convention, hit=True, t=t)
     seen: set[Hashable] = set()
-    saved = 0
     for n, s in zip(counts, plan.steps, strict=True):
         gate = s.compute.gate
         if gate is not None:

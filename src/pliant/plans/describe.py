@@ -87,7 +87,8 @@ def describe(plan: Plan, model: Denoiser) -> str:
     )
     if cost.least_flops != cost.flops:
         least = f"{_number(cost.least_flops)} GFLOP ({cost.least_flops / cost.full_flops:.1%})"
-        lines.append(f"gates decide while sampling: the table is the most it can cost, the least is {least}")
+        who = "gates" if any(s.compute.gate for s in plan.steps) else "token routers"
+        lines.append(f"{who} decide while sampling: the table is the most it can cost, the least is {least}")
     return "\n".join(lines)
 
 

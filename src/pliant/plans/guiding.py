@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -75,11 +76,35 @@ def computed_every(
     )
 
 
+def cfg_plus_plus(plan: Plan, guidance: Guidance, strength: float = 0.6) -> Plan:
+    """CFG++ (arXiv 2406.08070): clean data from `u + strength (c - u)`, strength in [0, 1], noised again with u's noise.
+
+    For a step of DDIM from noise ratio r to r' (sigma/alpha) that is ordinary guidance with the scale
+    `strength / (1 - r'/r)`: both move the state by the same multiple of `c - u`. So it is a schedule of scales, small
+    steps guided more, and exact for first-order steps; guidance's own scale is not used. Raises PlanError for other
+    solvers, whose steps are no such sum.
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise PlanError(f"CFG++ has strength {strength:g}; expected a number from 0 to 1")
+    if guidance.against != "null":
+        raise PlanError(f"CFG++ is guidance against the unconditional prediction, not against {guidance.against!r}")
+    steps = []
+    for step, after in zip(plan.steps, plan.times[1:], strict=True):
+        name = step.solver.name
+        if name != "ddim" and not (name == "euler" and plan.path.name == "linear"):
+            raise PlanError(f"CFG++ is for steps of ddim (or of euler on the linear path), this plan has {name!r}")
+        here, there = float(plan.path.noise_ratio(step.t)), float(plan.path.noise_ratio(after))
+        kept = 0.0 if math.isinf(here) else there / here
+        steps.append(replace(step, guidance=replace(guidance, scale=strength / (1.0 - kept))))
+    return plan.with_steps(steps)
+
+
 GUIDING: dict[str, Callable[..., Plan]] = {
     "interval": guided_between,
     "zero-star": zero_star,
     "once": computed_once,
     "every": computed_every,
+    "cfg++": cfg_plus_plus,
 }
 
 

@@ -103,7 +103,7 @@ def test_nothing_of_the_user_is_overwritten(tmp_path: Path) -> None:
         (source, "the input lies in"),
         (tmp_path, "the input lies in"),
         (tmp_path / "file", "is a file"),
-        (tmp_path / "x.mp4", "cannot write .mp4"),
+        (tmp_path / "x.wmv", "cannot write .wmv"),
     ):
         with pytest.raises(ConfigError, match=words):
             check_target(out, source)
@@ -132,6 +132,33 @@ def test_videos_need_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "x.mp4").write_bytes(b"")
     with pytest.raises(DataError, match="pip install av"):
         open_clip(tmp_path / "x.mp4", GREY)
+    with pytest.raises(DataError, match="pip install av"):
+        check_target(tmp_path / "y.mp4", tmp_path / "x.mp4")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 33, 47)])
+def test_videos_are_written_and_read_again(tmp_path: Path, suffix: str, shape: tuple[int, int, int]) -> None:
+    pytest.importorskip("av")
+    file = tmp_path / f"clip{suffix}"
+    levels = [-0.9, -0.2, 0.4, 0.9]
+    with open_target(file, 12.5, 1) as target:
+        for level in levels:
+            target.show(torch.full(shape, level))
+        target.complete({})
+    clip = open_clip(file, shape)
+    assert clip.rate == pytest.approx(12.5, rel=1e-3)
+    frames = list(clip)
+    assert [float(f.mean()) for f in frames] == pytest.approx(levels, abs=0.04), "order and brightness"
+    assert all(f.shape == shape for f in frames)
+
+
+def test_a_video_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (tmp_path / "clip.mp4").write_bytes(b"old")
+    with pytest.raises(DataError, match="no frame was finished"), open_target(tmp_path / "clip.mp4", 10, 1) as target:
+        target.complete({})
+    assert [f.name for f in tmp_path.iterdir()] == ["clip.mp4"] and (tmp_path / "clip.mp4").read_bytes() == b"old"
 
 
 def test_videos_through_pyav(tmp_path: Path) -> None:

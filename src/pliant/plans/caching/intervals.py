@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pliant.compute import Reuse
 from pliant.compute.sites import format_sites
 from pliant.errors import ConfigError
@@ -22,12 +24,16 @@ def fora(target: Target, *, interval: int = 3) -> list[Row]:
     return [BRANCHES if i == 0 or (last - i) % every == 0 else cached for i in range(target.steps)]
 
 
-def deepcache(target: Target, *, interval: int = 3, blocks: int = 1) -> list[Row]:
+def deepcache(target: Target, *, interval: int = 3, blocks: int = 1, center: int | None = None) -> list[Row]:
     """DeepCache (arXiv 2312.00858) for a transformer: the middle's residual is reused, `blocks` at each end always run.
 
-    Full where `i % interval == 0`.
+    Full where `i % interval == 0`. center: the non-uniform variant, as many full steps (`steps // interval`) but dense
+    around that step, see `crowded`.
     """
     every = period(interval, target)
+    whole_steps = {i for i in range(target.steps) if i % every == 0}
+    if center is not None:
+        whole_steps = set(crowded(target.steps, max(1, target.steps // every), center))
     edge = 2 * whole("blocks", blocks, 0)
     if 2 * edge >= target.sites:
         raise ConfigError(f"blocks is {blocks}: nothing is left between {blocks} front and {blocks} rear blocks")
@@ -35,7 +41,30 @@ def deepcache(target: Target, *, interval: int = 3, blocks: int = 1) -> list[Row
     full = Row(write=(f"span({first},{last})",))
     ends = "R" * edge
     cached = Row(sites=format_sites(ends + "C" * (last - first) + ends), reuse=Reuse("span"))
-    return [full if i % every == 0 else cached for i in range(target.steps)]
+    return [full if i in whole_steps else cached for i in range(target.steps)]
+
+
+def crowded(steps: int, count: int, center: int) -> list[int]:
+    """`count` of `steps` step numbers, the closer together the nearer to `center`; step 0 is always one (DeepCache).
+
+    Interior points of `center + trunc(linspace((-center)^(1/q), (steps - center)^(1/q), count + 1)^q)` with powers that
+    keep the sign, q lowered from 1.2 by 0.02 until that many are distinct. Raises ConfigError where none above 1 does.
+    """
+    at = whole("center", center, 0, steps - 1)
+    for k in range(10):
+        q = 1.2 - 0.02 * k
+        low, high = _signed_power(-at, 1 / q), _signed_power(steps - at, 1 / q)
+        points = (low + (high - low) * j / count for j in range(1, count))
+        found = sorted({0, *(at + int(_signed_power(p, q)) for p in points)})
+        if len(found) == count:
+            return found
+    raise ConfigError(
+        f"center {center} leaves no {count} distinct full steps of {steps}; take another center or a longer interval"
+    )
+
+
+def _signed_power(x: float, q: float) -> float:
+    return math.copysign(abs(x) ** q, x)
 
 
 def delta_dit(target: Target, *, interval: int = 2, cut: int | None = None, blocks: int | None = None) -> list[Row]:
@@ -105,4 +134,4 @@ def _window(low: float, high: float) -> tuple[float, float]:
     return low, high
 
 
-__all__ = ["BRANCHES", "PLAIN", "deepcache", "delta_dit", "fastercache", "fora", "pab"]
+__all__ = ["BRANCHES", "PLAIN", "crowded", "deepcache", "delta_dit", "fastercache", "fora", "pab"]

@@ -75,8 +75,9 @@ def target_of(plan: Plan, model: Denoiser) -> Target:
 def apply_rows(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> Plan:
     """The plan whose conditional calls do what the rows say, and its reference calls where they are the same calls.
 
-    A row that would read what was never kept (after a switch of the patch size, or where guidance begins) becomes the
-    full row before it; a forecast of higher order than there are values takes the order that there is. What is kept
+    A row that would read what was never kept (after a switch of the patch size, or where guidance begins), or what is
+    older than the rule means it to be (a stream that did not run at the last full step), becomes the full row before
+    it; a forecast of higher order than there are values takes the order that there is. What is kept
     and never read is not kept.
     """
     rows = trimmed(repaired(plan, model, rows))
@@ -87,14 +88,15 @@ def repaired(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> list[Row]:
     """The rows, each of which finds what it reads."""
     fixed: list[Row] = []
     kept: dict[str, int] = {}
+    newest: dict[str, int] = {}  # stream -> its last full step
     grid: Any = None
     full = next((row for row in rows if row.write), PLAIN)
-    for step, row in zip(plan.steps, rows, strict=True):
+    for i, (step, row) in enumerate(zip(plan.steps, rows, strict=True)):
         here = model.patch_of(step.compute), model.exit_of(step.compute)
         switched = grid is not None and here != grid
         grid = here
         if switched:
-            kept = {}
+            kept, newest = {}, {}
         calls = calls_of(step)
         if not calls:  # a step that asks the network nothing
             fixed.append(PLAIN)
@@ -106,7 +108,7 @@ def repaired(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> list[Row]:
         if switched and row.gate is not None:  # what its gate remembers is of another grid, or of long ago
             row = replace(row, gate=replace(row.gate, threshold=0.0))
         elif row.gate is None and row.must_reuse:
-            if have == 0:
+            if have == 0 or min(newest[stream] for stream in streams) < max(newest.values()):
                 row = full
                 if row.gate is not None:
                     row = replace(row, gate=replace(row.gate, threshold=0.0))
@@ -114,6 +116,7 @@ def repaired(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> list[Row]:
                 row = replace(row, reuse=replace(row.reuse, order=have - 1))
         if row.write and (row.gate is None or row.gate.never_hits or have == 0):
             kept.update({stream: kept.get(stream, 0) + 1 for stream in streams})
+            newest.update(dict.fromkeys(streams, i))
         fixed.append(row)
     return fixed
 

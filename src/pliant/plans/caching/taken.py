@@ -1,14 +1,29 @@
-"""What a run with gates really cost: the plan's price with the decisions that were taken filled in."""
+"""What a run with gates or token routers really cost: the plan's price with the decisions that were taken filled in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from pliant.compute import MATMUL, Convention
+from pliant.adapters.width import DynamicDiT
+from pliant.compute import MATMUL, Convention, counted_flops
 from pliant.compute.cache import Decision, Streams
 from pliant.denoiser import Denoiser
+from pliant.plans.caching.measure import run_plan
 from pliant.plans.calls import calls_of
 from pliant.plans.plan import Plan
+from pliant.plans.sampling import Sampler
+
+
+def spent_flops(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int]) -> float:
+    """FLOPs per image of sampling these: exact, with what gates and token routers decide while sampling.
+
+    Of a network with routed width all matrix products that ran are counted, those of its modulations too.
+    """
+    if isinstance(model.network, DynamicDiT):
+        return counted_flops(lambda: Sampler(model, plan)(cond, seeds)) / len(seeds)
+    if all(s.compute.gate is None for s in plan.steps):
+        return plan.cost(model).flops
+    return taken_flops(plan, model, run_plan(plan, model, cond, seeds).decisions)
 
 
 def taken_flops(plan: Plan, model: Denoiser, decisions: Iterable[Decision], convention: Convention = MATMUL) -> float:

@@ -1,8 +1,7 @@
-"""Clips: frames from a folder, an animation or a video, and finished frames back into a folder or an animation."""
+"""Clips: frames from a folder, an animation or a video, and finished frames back into one of them."""
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,10 +14,10 @@ from torch import Tensor
 from pliant import imaging
 from pliant.errors import ConfigError, DataError
 from pliant.files import replaced_file, replaced_folder, write_json
+from pliant.tasks.streaming import video
 from pliant.training.data.decode import normalise, to_pixels
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".apng")
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}
 REPORT = "stream.json"
 """Beside the frames of a written folder; what marks it as one that may be replaced."""
@@ -72,7 +71,7 @@ def open_clip(source: Path, shape: tuple[int, int, int]) -> Clip:
         return _folder(source, shape)
     if not source.exists():
         raise DataError(f"there is no file or folder {source}")
-    return _video(source, shape) if source.suffix.lower() in VIDEOS else _animation(source, shape)
+    return _video(source, shape) if source.suffix.lower() in video.READ else _animation(source, shape)
 
 
 def _natural(file: Path) -> list[Any]:
@@ -115,7 +114,7 @@ def _animation(file: Path, shape: tuple[int, int, int]) -> Clip:
     except Exception:
         raise DataError(
             f"{file} is neither an image nor a video that can be read here; give a folder of images, a GIF, an "
-            f"animated WebP or PNG, or a video ({', '.join(VIDEOS[:4])})"
+            f"animated WebP or PNG, or a video ({', '.join(video.READ[:4])})"
         ) from None
     repeats, rate = _even(durations)
 
@@ -148,44 +147,26 @@ def _even(durations: list[float]) -> tuple[list[int], float | None]:
 
 
 def _video(file: Path, shape: tuple[int, int, int]) -> Clip:
-    try:
-        av: Any = importlib.import_module("av")
-    except ImportError:
-        raise DataError(
-            f"{file} is a video, and reading videos needs PyAV: pip install av; or unpack it to a folder of images"
-        ) from None
-    try:
-        with av.open(str(file)) as container:
-            stream = container.streams.video[0]
-            total, rate = int(stream.frames) or None, float(stream.average_rate or 0.0) or None
-    except Exception as error:
-        raise DataError(f"{file} is not a readable video ({' '.join(str(error).split())})") from None
-
-    def pictures() -> Iterator[tuple[str, Any]]:
-        with av.open(str(file)) as container:
-            frames = container.decode(video=0)
-            for k in range(10**9):
-                try:
-                    frame: Any = next(frames).to_image()
-                except StopIteration:
-                    return
-                except Exception as error:  # a decoder does not find its way back into a damaged stream
-                    yield f"frame {k} and what follows", error
-                    return
-                yield f"frame {k}", frame
-
-    return Clip(str(file), total, rate, pictures, shape)
+    total, rate = video.describe(file)
+    return Clip(str(file), total, rate, lambda: video.pictures(file), shape)
 
 
 def check_target(out: Path, source: Path) -> None:
-    """Raise ConfigError unless finished frames can go to `out` without harm to anything else."""
-    if out.suffix.lower() in ANIMATIONS:
+    """Raise ConfigError unless finished frames can go to `out` without harm to anything else.
+
+    Raises DataError for a video where PyAV is not installed.
+    """
+    suffix = out.suffix.lower()
+    if suffix in ANIMATIONS or suffix in video.WRITTEN:
+        if suffix in video.WRITTEN:
+            video.pyav(f"writing {suffix} files")
         if out.is_dir():
             raise ConfigError(f"{out} is a folder; name a file, or a folder without {out.suffix} in its name")
         if out.exists() and source.exists() and out.samefile(source):
             raise ConfigError(f"{out} is the input; name another file")
     elif out.suffix and not out.is_dir():
-        raise ConfigError(f"cannot write {out.suffix} files: name a folder, or a {', '.join(ANIMATIONS)} file")
+        known = ", ".join([*ANIMATIONS, *video.WRITTEN])
+        raise ConfigError(f"cannot write {out.suffix} files: name a folder, or a {known} file")
     elif out.exists():
         if not out.is_dir():
             raise ConfigError(f"{out} is a file; name a new folder")
@@ -207,17 +188,22 @@ class Target:
 
 @contextmanager
 def open_target(out: Path, rate: float, zoom: int | None) -> Iterator[Target]:
-    """A folder of numbered PNGs with the report beside them, or an animation by suffix (at `rate` frames per second).
+    """A folder of numbered PNGs with the report beside them, or by suffix an animation or a video of `rate` frames per
+    second.
 
-    zoom: enlarges pixels; None: small frames of animations are enlarged for people, those of folders are not.
+    zoom: enlarges pixels; None: small frames of animations and videos are enlarged for people, those of folders are not.
     Whatever was at `out` is replaced only if the block succeeds.
     """
-    if out.suffix.lower() not in ANIMATIONS:
+    suffix = out.suffix.lower()
+    if suffix in video.WRITTEN:
+        with replaced_file(out) as temporary, video.open_video(temporary, suffix, rate) as writer:
+            yield _video_target(writer, zoom)
+    elif suffix in ANIMATIONS:
+        with replaced_file(out) as temporary:
+            yield _animation_target(temporary, ANIMATIONS[suffix], rate, zoom)
+    else:
         with replaced_folder(out) as folder:
             yield _folder_target(folder, zoom or 1)
-        return
-    with replaced_file(out) as temporary:
-        yield _animation_target(temporary, ANIMATIONS[out.suffix.lower()], rate, zoom)
 
 
 def _folder_target(folder: Path, zoom: int) -> Target:
@@ -232,12 +218,26 @@ def _folder_target(folder: Path, zoom: int) -> Target:
     return Target(show, lambda report: write_json(folder / REPORT, report))
 
 
+def _video_target(writer: video.VideoWriter, zoom: int | None) -> Target:
+    def complete(report: dict[str, Any]) -> None:
+        if not writer.frames:
+            raise DataError("no frame was finished, so there is no video to write")
+        writer.finish()
+
+    return Target(lambda frame: writer.write(_visible(frame, zoom)), complete)
+
+
+def _visible(frame: Tensor, zoom: int | None) -> Tensor:
+    """uint8 (C, H, W), enlarged for people where no zoom is given."""
+    pixels = imaging.to_pixels(frame)
+    return imaging.enlarged(pixels, zoom or imaging.zoom_for(*pixels.shape[1:]))
+
+
 def _animation_target(file: Path, format: str, rate: float, zoom: int | None) -> Target:
     pictures: list[Any] = []
 
     def show(frame: Tensor) -> None:
-        pixels = imaging.to_pixels(frame)
-        pictures.append(imaging.to_picture(imaging.enlarged(pixels, zoom or imaging.zoom_for(*pixels.shape[1:]))))
+        pictures.append(imaging.to_picture(_visible(frame, zoom)))
 
     def complete(report: dict[str, Any]) -> None:
         if not pictures:
