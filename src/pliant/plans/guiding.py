@@ -77,7 +77,7 @@ def computed_every(
 
 
 def cfg_plus_plus(plan: Plan, guidance: Guidance, strength: float = 0.6) -> Plan:
-    """CFG++ (arXiv 2406.08070): clean data from `u + strength (c - u)`, strength in [0, 1], noised again with u's noise.
+    """CFG++ (arXiv 2406.08070): clean data from `u + strength (c - u)`, strength in [0, 1], re-noised with u's noise.
 
     For a step of DDIM from noise ratio r to r' (sigma/alpha) that is ordinary guidance with the scale
     `strength / (1 - r'/r)`: both move the state by the same multiple of `c - u`. So it is a schedule of scales, small

@@ -191,7 +191,7 @@ def open_target(out: Path, rate: float, zoom: int | None) -> Iterator[Target]:
     """A folder of numbered PNGs with the report beside them, or by suffix an animation or a video of `rate` frames per
     second.
 
-    zoom: enlarges pixels; None: small frames of animations and videos are enlarged for people, those of folders are not.
+    zoom: enlarges pixels; None: small frames of animations and videos are enlarged for people, not in folders.
     Whatever was at `out` is replaced only if the block succeeds.
     """
     suffix = out.suffix.lower()
