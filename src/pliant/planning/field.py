@@ -86,12 +86,16 @@ class ModelField:
                 lowered[call] = Lowered(call.model(model), call.compute, own)
             self._runs.append((Evaluator(model, plan, program, lowered, checked), program))
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, place: int, mode: int = 0) -> Tensor:
+        _, program = self._runs[mode]
+        p, q = sample_coefficients(program.stored, self.nodes[place])
+        return torch.add(p * x, self.output(x, place, mode), alpha=q)
+
+    @torch.no_grad()
+    def output(self, x: Tensor, place: int, mode: int = 0) -> Tensor:
+        """The guided prediction (N, ...) in the model's own kind, in x's dtype."""
         evaluate, program = self._runs[mode]
-        evaluation = program.evaluations[place]
-        p, q = sample_coefficients(program.stored, evaluation.node)
-        return torch.add(p * x, evaluate(x, evaluation).value.to(x.dtype), alpha=q)
+        return evaluate(x, program.evaluations[place]).value.to(x.dtype)
 
 
 _MEMORYLESS = ("null", "weak", "guide")

@@ -7,9 +7,14 @@ from typing import TypeAlias
 
 from pliant.errors import PlanError, suggest
 from pliant.planning.boss import boss
+from pliant.planning.dc_solver import dc_solver
 from pliant.planning.gits import gits
+from pliant.planning.joint import joint
+from pliant.planning.ld3 import ld3
+from pliant.planning.olss import olss
 from pliant.planning.oss import oss
 from pliant.planning.result import PlanResult
+from pliant.planning.spectral import spectral
 from pliant.planning.weak_split import weak_split
 
 Planner: TypeAlias = Callable[..., PlanResult]
@@ -25,6 +30,11 @@ PLANNERS: dict[str, Planner] = {
     "boss": boss,
     "gits": gits,
     "oss": oss,
+    "joint": joint,
+    "spectral": spectral,
+    "olss": olss,
+    "dc-solver": dc_solver,
+    "ld3": ld3,
 }
 
 

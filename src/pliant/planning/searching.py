@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pliant.planning.dynamic_programming import Route
-from pliant.planning.field import Field, Mode, ModelField
+from pliant.planning.field import Mode, ModelField
 from pliant.planning.proxies import SampleError
 from pliant.planning.stepping import SOLVER_OF_ORDER
 from pliant.planning.task import Task
@@ -28,9 +28,11 @@ TEACHER_PARTS = 3
 class Search:
     """A field on a grid and the teacher's states there."""
 
-    field: Field
+    field: ModelField
     teacher: Trajectories
     modes: tuple[Mode, ...]
+    labels: Tensor
+    """(N,) classes of the trajectories."""
 
     @property
     def start(self) -> Tensor:
@@ -57,10 +59,11 @@ def prepare(
     fine = teacher_trajectories(model, Plan.uniform(model, parts, "dpmpp-2m", guidance=task.guidance), seeds)
     coarse = slice(None, None, TEACHER_PARTS)
     teacher = Trajectories(fine.nodes[coarse], fine.states[coarse], fine.clean[coarse])
-    field = ModelField(model, [n.t for n in teacher.nodes], labels_of(model, seeds).tolist(), modes)
+    labels = labels_of(model, seeds)
+    field = ModelField(model, [n.t for n in teacher.nodes], labels.tolist(), modes)
     with_proxy(task, seed, samples)
     task.settings.update(nodes=nodes, samples=samples, modes=[m.describe() for m in modes])
-    return Search(field, teacher, modes)
+    return Search(field, teacher, modes, labels.to(model.device))
 
 
 def with_proxy(task: Task, seed: int, samples: int = SAMPLES) -> None:
@@ -94,4 +97,3 @@ def consider_routes(task: Task, search: Search, routes: Sequence[Route], solvers
 
 
 SOLVERS = tuple(SOLVER_OF_ORDER.values())
-

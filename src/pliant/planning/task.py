@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pliant.denoiser import Denoiser
@@ -66,7 +67,7 @@ class Task:
         """A plan at full compute and guidance."""
         return Plan.uniform(self.model, steps, solver, guidance=self.guidance, times=times)
 
-    @property
+    @cached_property
     def limit(self) -> float:
         """The most that may be spent, in the budget's own unit."""
         return self.budget.limit(self.full(), self.model)

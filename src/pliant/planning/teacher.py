@@ -87,4 +87,3 @@ def teacher_trajectories(model: Denoiser, plan: Plan, seeds: Sequence[int]) -> T
         states.append(result.x)
         clean.append(result.x0)
     return Trajectories(tuple(nodes_of(plan.path, plan.times)), torch.stack(states), torch.stack(clean))
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from pliant.denoiser import Denoiser
@@ -59,14 +60,14 @@ def split(task: Task, count: int, between: int, solver: SolverLike) -> Plan | No
 
     between: how many of the powerful steps, the earliest, are guided by the weak call.
     """
-    limit = task.limit
-    for weak in range(count + 1):
-        plan = weak_to_powerful(
+    def plan(weak: int) -> Plan:
+        return weak_to_powerful(
             task.model, count, weak_steps=weak, weak_guidance_steps=between, solver=solver, guidance=task.guidance
         )
-        if task.budget.spent(plan, task.model) <= limit:
-            return plan
-    return None
+
+    # What is spent falls with every weak step, so the first that fits spends the most it may.
+    weak = bisect_left(range(count + 1), True, key=lambda weak: task.fits(plan(weak)))
+    return plan(weak) if weak <= count else None
 
 
 def _counts(task: Task, solver: SolverLike) -> list[int]:
@@ -81,8 +82,7 @@ def _counts(task: Task, solver: SolverLike) -> list[int]:
         low = task.most_steps(solver)
     except PlanError:
         low = 1
-    high = low
-    while high < task.steps and cost(high + 1) <= limit:
-        high += 1
+    # The first number of weak steps that is too many, less one.
+    high = max(low, low + bisect_left(range(low + 1, task.steps + 1), True, key=lambda count: cost(count) > limit))
     span = high - low
     return sorted({low + round(span * k / 7) for k in range(8)})

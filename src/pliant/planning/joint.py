@@ -1,0 +1,104 @@
+"""Times, compute and guidance of every step from one search: `JointSearch` on a model (sheet H, 8 and 9.3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pliant.compute import Compute
+from pliant.denoiser import Denoiser
+from pliant.errors import PlanError
+from pliant.guidance import Guidance, weak_scale
+from pliant.planning.field import Mode
+from pliant.planning.joint_search import JointSearch, weak_first
+from pliant.planning.objective import Objective
+from pliant.planning.polish import Walker, polished
+from pliant.planning.propagation import growth
+from pliant.planning.result import PlanResult, Progress
+from pliant.planning.searching import plan_of, prepare
+from pliant.planning.stepping import SOLVER_OF_ORDER, check_order
+from pliant.planning.task import Task
+from pliant.plans import Budget, Plan, weakest
+
+
+def joint(
+    model: Denoiser,
+    budget: float | str | Budget,
+    *,
+    objective: Objective | None = None,
+    steps: int = 50,
+    guidance: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    nodes: int = 30,
+    samples: int = 24,
+    orders: Sequence[int] = (2,),
+    modes: Sequence[Mode] | None = None,
+    sweeps: int = 5,
+    finalists: int = 2,
+    trials: int = 30,
+) -> PlanResult:
+    """The number of steps, their times, and each step's patch size and guidance, within the budget.
+
+    modes: what steps may use; default: `modes_of`. Searched with steps of every order in `orders`, once in any order of
+    modes and once weak modes first (the error to the teacher's samples misjudges the order of computes). The nearest
+    `finalists` of every search, the first of them after `trials` small changes (`polished`), are measured by the
+    objective, which should be a distributional one. Calls: about nodes * modes per sweep on `samples` images, many of
+    them remembered from earlier sweeps, and half a plan's per change.
+    """
+    task = Task.begin("joint", model, budget, objective, steps, guidance, seed, progress, orders=list(orders))
+    for order in orders:
+        check_order(order)
+    modes = tuple(modes or modes_of(task))
+    price = [_price(task, mode) for mode in modes]
+    limit = task.limit
+    if min(price) > limit:
+        cheapest = modes[price.index(min(price))]
+        raise task.too_small(Plan.uniform(model, 1, "ddim", cheapest.compute, cheapest.guidance))
+    search = prepare(task, seed, nodes, samples, modes)
+    weight = growth(search.field, search.teacher)
+    patches = weak_first([float(model.flops(mode.compute)) for mode in modes])
+    variants = [(order, phases) for order in orders for phases in dict.fromkeys([(0,) * len(modes), patches])]
+    calls, plans = 0, []
+    for k, (order, phases) in enumerate(variants):
+        found = JointSearch(search.field, search.teacher, price, order, phases, weight)
+        report = None if progress is None else _shifted(progress, k * sweeps, len(variants) * sweeps)
+        routes = found.within(limit, sweeps, report)[:finalists]
+        walker = Walker(search.field, search.teacher, order)
+        routes[0] = polished(walker, routes[0], price, limit, phases, trials, seed)
+        calls += found.calls + walker.calls
+        plans += [plan_of(task, search, route, SOLVER_OF_ORDER[order]) for route in routes]
+    task.consider_all([*_defaults(task), *{p.digest(): p for p in plans}.values()])
+    return task.finish(searched=[p.digest() for p in plans], calls=calls * samples, price=price)
+
+
+def modes_of(task: Task) -> list[Mode]:
+    """Full compute first; then, where the model and guidance allow it: no guidance, weak-model guidance, weak steps."""
+    model, full = task.model, task.cfg
+    modes = [Mode(Compute(), full)]
+    if full is not None:
+        modes.append(Mode(Compute()))
+    if len(model.patch_sizes) > 1:
+        weak = weakest(model)
+        if full is not None and task.guidance is not None:
+            modes.append(Mode(Compute(), Guidance.weak_model(weak_scale(task.guidance), weak)))
+            modes.append(Mode(weak))
+        modes.append(Mode(weak, full))
+    return modes
+
+
+def _price(task: Task, mode: Mode) -> float:
+    """What one more step of a mode spends, in the budget's unit."""
+    one, two = (Plan.uniform(task.model, n, "ddim", mode.compute, mode.guidance) for n in (1, 2))
+    return task.budget.spent(two, task.model) - task.budget.spent(one, task.model)
+
+
+def _defaults(task: Task) -> list[Plan]:
+    """What the search must beat: the default grid at full compute, where the budget pays for a step of it."""
+    try:
+        return [task.uniform(task.most_steps(), solver) for solver in SOLVER_OF_ORDER.values()]
+    except PlanError:
+        return []
+
+
+def _shifted(progress: Progress, done: int, total: int) -> Progress:
+    return lambda i, _, text: progress(done + i, total, text)
