@@ -26,7 +26,6 @@ from pliant.adapters.width import DynamicDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, spent_macs
 from pliant.errors import ConfigError, ShapeError
 from pliant.models.dit import DiT, DiTConfig
-from pliant.models.flexible import FlexibleTransformer
 from pliant.models.network import Backbone, NetworkConfig, Size, named
 from pliant.models.patches import patch_pair
 from pliant.paths import (
@@ -151,8 +150,6 @@ class Denoiser:
         As a call per group would, up to rounding. Raises ConfigError for networks that take one size only.
         """
         core, compute = self.core, compute or Compute()
-        if not isinstance(core, FlexibleTransformer):
-            raise ConfigError(f"a {core.family} network takes states of one size in a call")
         patch = self.patch_of(compute)
         times = torch.as_tensor(t, dtype=torch.float64, device=xs[0].device).split([len(x) for x in xs])
         aligned = [self.align(compute, time) for time in times]

@@ -178,11 +178,11 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         ({"tokens": None}, "needs `tokens`"),
         ({"batch_size": 8}, "needs `tokens`, and not `batch_size`"),
         ({"objective": {"name": "flow_matching"}}, "needs `batch_size`"),
-        ({"model": {**tree["model"], "dit": {}}}, "give either `dit` or `flexible`"),
+        ({"model": {**tree["model"], "dit": {}}}, "give one of `dit`, `flexible`"),
     ):
         with pytest.raises(ConfigError, match=words):
             config(tmp_path, **changes)
-    with pytest.raises(ConfigError, match="trains flexible networks"):
+    with pytest.raises(ConfigError, match="trains networks for any size"):
         dit = config(tmp_path, model={"dit": {"input_size": [4, 4], "width": 16, "depth": 1, "heads": 2}})
         build_objective(dit, build_denoiser(dit))
     with pytest.raises(ConfigError, match="each of 2 patch sizes"):

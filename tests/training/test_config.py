@@ -56,7 +56,7 @@ def test_overrides(tmp_path: Path) -> None:
         ({"objective": {"name": "shared", "mmd": {"wieght": 1}}}, r"did you mean 'weight'"),
         ({"steps": 0}, r"config key steps: .*greater than or equal to 1, got 0"),
         ({"objective": {"name": "ddpm", "class_dropout": 2}}, r"config key objective.class_dropout"),
-        ({"model": {}}, r"config key model: give either"),
+        ({"model": {}}, r"config key model: give one of"),
         ({"model": {"from": "x"}, "path": "linear"}, r"brings its own"),
         ({"data": {}}, r"config key data.source: Field required"),
         ({"optimizer": 3}, r"config key optimizer"),

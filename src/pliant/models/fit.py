@@ -19,6 +19,7 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pliant.compute import Compute, TransformerShape
 from pliant.compute.sites import SiteModel
@@ -90,6 +91,10 @@ class FiTConfig:
             set_(self, "modulation_rank", self.modulation_rank or max(1, self.width // 4))
         RopeScaling.named(self.extrapolation, self.train_length)
         token_grid(self.input_size, self.patch_size)
+
+    @property
+    def patch_sizes(self) -> tuple[Size, ...]:
+        return (self.patch_size,)
 
     @property
     def flow_map(self) -> bool:
@@ -189,6 +194,8 @@ class FiT(Backbone):
         self.patch: Size = config.patch_size
         self.extrapolation = "none"
         """How calls that name no extrapolation stretch positions; "none": as in training (`config.extrapolation`)."""
+        self.checkpointing = False
+        """Whether training recomputes every block in the backward pass instead of keeping its activations."""
         self.patch_embed = PatchEmbed(config)
         self.time_embed = TimestepEmbedder(config.width, 128)
         self.label_embed = nn.Embedding(config.label_rows, config.width)
@@ -311,7 +318,11 @@ class FiT(Backbone):
         tokens, size = self.embed(x), tuple(x.shape[2:])
         rope = self.rope(size, self.patch, extrapolation, x.device)
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, modulations[:, 6 * i : 6 * i + 6], rope)
+            rows = modulations[:, 6 * i : 6 * i + 6]
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, rows, rope, use_reentrant=False)
+            else:
+                tokens = block(tokens, rows, rope)
         return self.read(tokens, modulations, size)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -342,12 +353,16 @@ class FiT(Backbone):
         counts = [len(x) for x in xs]
         if sum(counts) != len(t) or len(t) != len(y):
             raise ShapeError(f"{sum(counts)} states need as many times and labels, got {len(t)} and {len(y)}")
-        rows = self.modulations(t, y).split(counts)
+        modulations = self.modulations(t, y).split(counts)
         tokens = [self.embed(x) for x in xs]
         ropes = [self.rope(tuple(x.shape[2:]), self.patch, extrapolation, x.device) for x in xs]
-        for i, block in enumerate(self.blocks):
-            tokens = cast(RotaryBlock, block).packed(tokens, [m[:, 6 * i : 6 * i + 6] for m in rows], ropes)
-        return [self.read(tok, m, tuple(x.shape[2:])) for tok, m, x in zip(tokens, rows, xs, strict=True)]
+        for i, module in enumerate(self.blocks):
+            block, rows = cast(RotaryBlock, module), [m[:, 6 * i : 6 * i + 6] for m in modulations]
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block.packed, tokens, rows, ropes, use_reentrant=False)
+            else:
+                tokens = block.packed(tokens, rows, ropes)
+        return [self.read(tok, m, tuple(x.shape[2:])) for tok, m, x in zip(tokens, modulations, xs, strict=True)]
 
     def forward_tokens(self, batch: TokenBatch, t: Tensor, y: Tensor, extrapolation: str | None = None) -> Tensor:
         """Rows of tokens with padding, as the released code runs them; t, y: (I,), one per image.

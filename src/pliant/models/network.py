@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, TypeAlias
 
 import torch
@@ -109,6 +109,15 @@ class Backbone(nn.Module):
     def forward_modulated(self, x: Tensor, modulations: Tensor) -> Tensor:
         """(B, C, *size) and (B or 1, rows, D) -> (B, C_out, *size)."""
         raise NotImplementedError
+
+    def forward_packed(
+        self, xs: Sequence[Tensor], t: Tensor, y: Tensor, patch: Size | None = None, extrapolation: str | None = None
+    ) -> list[Tensor]:
+        """Groups of states of different sizes in one pass: xs[g] (B_g, C, *size_g) -> like xs; t, y: (sum of B_g,).
+
+        Only networks for any size. Raises ConfigError for others.
+        """
+        raise ConfigError(f"a {self.family} network takes states of one size in a call")
 
     @property
     def modulation_values(self) -> int:

@@ -58,12 +58,14 @@ class ExitsConfig(Section):
 
 
 class ModelConfig(Section):
-    """A new network (`dit` or `flexible`) or a trained one (`from`); optionally made flexible or given exits."""
+    """A new network (`dit`, `flexible` or `fit`) or a trained one (`from`); optionally made flexible or given exits."""
 
     flexible: dict[str, Any] | None = None
     """Fields of FlexibleConfig: a new native network, for any size and several patch sizes."""
     equilibrium: dict[str, Any] | None = None
     """Fields of EquilibriumConfig: a new GET, which makes an image of noise in one call."""
+    fit: dict[str, Any] | None = None
+    """Fields of FiTConfig; `name: FiTv2-B/2` fills in a named size first."""
     dit: dict[str, Any] | None = None
     """Fields of DiTConfig; `name: DiT-S/2` fills in a named size first."""
     from_: str | None = Field(default=None, alias="from")
@@ -76,17 +78,19 @@ class ModelConfig(Section):
     """Give the model token routers (Infor-Coef): fields of `RouterSpec`."""
     flow_map: bool = False
     """Tell the network where a step lands, so that it can learn to jump; see `pliant distill mean-flow`."""
-    trainable: Literal["own", "all", "lora"] = "own"
+    trainable: Literal["own", "all", "lora", "resolution"] = "own"
     """What trains. own: what the model's kind says (adapters, exits and routers on a frozen base, else all); all: every
-    weight; lora: low-rank changes of every block's linear layers, merged into them at the end."""
+    weight; lora: low-rank changes of every block's linear layers, merged into them at the end; resolution: what FiTv2
+    trains on larger images (patches, heads, conditioning, biases), see `training/resolution.py`."""
     lora_rank: int = Field(default=4, ge=1)
 
     @model_validator(mode="after")
     def _one(self) -> ModelConfig:
-        if sum(given is not None for given in (self.dit, self.flexible, self.equilibrium, self.from_)) != 1:
-            raise ValueError("give one of `dit`, `flexible`, `equilibrium` (a new network) or `from` (a trained model)")
+        new = (self.dit, self.flexible, self.fit, self.equilibrium)
+        if sum(given is not None for given in (*new, self.from_)) != 1:
+            raise ValueError("give one of `dit`, `flexible`, `fit`, `equilibrium` (new) or `from` (a trained model)")
         for name in ("flexify", "exits", "width", "routers"):
-            if self.flexible is not None and getattr(self, name) is not None:
+            if (self.flexible is not None or self.fit is not None) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` is for a DiT; a flexible network has patch sizes from the start")
             if self.equilibrium is not None and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` is for a DiT, not for an equilibrium transformer")

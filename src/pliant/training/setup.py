@@ -16,6 +16,7 @@ from pliant.errors import ConfigError, DataError
 from pliant.models.autoencoders import config_scaling, downscale_factor, load_autoencoder
 from pliant.models.dit import DiT, DiTConfig
 from pliant.models.equilibrium import EquilibriumConfig, EquilibriumTransformer
+from pliant.models.fit import FiT, FiTConfig
 from pliant.models.flexible import FlexibleConfig, FlexibleTransformer
 from pliant.models.network import Backbone, named
 from pliant.paths import (
@@ -71,6 +72,7 @@ from pliant.training.objectives import (
     SharedPatches,
     TokenDistillation,
 )
+from pliant.training.resolution import freeze_for_resolution
 from pliant.training.section import ObjectiveSection
 
 
@@ -123,6 +125,9 @@ def _unfreeze(denoiser: Denoiser, config: ModelConfig) -> Denoiser:
     if config.trainable == "lora":
         add_low_rank(network, config.lora_rank)
         return denoiser
+    if config.trainable == "resolution":
+        freeze_for_resolution(network)
+        return denoiser
     if isinstance(network, FlexiDiT) and network.spec.recipe == "lora":
         network.base.requires_grad_(False)
     frozen = isinstance(network, DynamicDiT) and network.spec.base == "frozen"
@@ -143,6 +148,8 @@ def _new(config: TrainConfig) -> Denoiser:
             network = FlexibleTransformer(FlexibleConfig.from_dict(config.model.flexible))
         elif config.model.equilibrium is not None:
             network = EquilibriumTransformer(EquilibriumConfig.from_dict(config.model.equilibrium))
+        elif config.model.fit is not None:
+            network = FiT(_fit_config(config.model.fit))
         else:
             network = DiT(_dit_config(config.model, learn_sigma=ddpm))
     return Denoiser(network, path, prediction, _network_time(config, path), preconditioning=preconditioning)
@@ -164,6 +171,8 @@ def _path(config: TrainConfig) -> Path:
 def _network_time(config: TrainConfig, path: Path) -> NetworkTime:
     if config.network_time is not None:
         return NetworkTime.from_config(config.network_time)
+    if config.model.fit is not None and not isinstance(path, VPDiscrete):
+        return NetworkTime.sit()  # FiTv2's own, so that its official code can read the result
     # The sinusoidal embedder resolves times of 0..1000 best, whatever the path.
     return NetworkTime.timesteps(path.num_timesteps) if isinstance(path, VPDiscrete) else NetworkTime(scale=1000.0)
 
@@ -175,6 +184,13 @@ def _dit_config(model: ModelConfig, learn_sigma: bool) -> DiTConfig:
         return DiTConfig.from_dict(fields)
     base = DiTConfig.named(str(name)).to_dict()
     return DiTConfig.from_dict({**base, **fields})
+
+
+def _fit_config(given: dict[str, Any]) -> FiTConfig:
+    values = dict(given)
+    name = values.pop("name", None)
+    base = {} if name is None else FiTConfig.named(str(name)).to_dict()
+    return FiTConfig.from_dict({**base, **values})
 
 
 def build_objective(config: TrainConfig, denoiser: Denoiser) -> Objective:
@@ -310,9 +326,12 @@ def check_sized_data(data: SizedSet, denoiser: Denoiser) -> None:
         if reason is not None:
             raise DataError(
                 f"the data has samples of size {named(tuple(size))}, the model says that it trains on {reason}; set "
-                f"model.flexible.train_sides and train_pixels to what the data has"
+                f"{_RANGE[denoiser.core.family]} to what the data has"
             )
-    _check_labels(data.labels, denoiser, "flexible")
+    _check_labels(data.labels, denoiser, denoiser.core.family)
+
+
+_RANGE = {"flexible": "model.flexible.train_sides and train_pixels", "fit": "model.fit.train_tokens"}
 
 
 def _latent_scaling(config: TrainConfig, denoiser: Denoiser, autoencoder: Any) -> Scaling:

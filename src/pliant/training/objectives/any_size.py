@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pliant.compute import Compute
 from pliant.errors import ConfigError
-from pliant.models.flexible import FlexibleTransformer
 from pliant.models.network import Size
 from pliant.paths import TimeDensity, get_time_density
 from pliant.paths.levels import shifted_times
@@ -69,10 +68,10 @@ class AnySizeFlow:
         return sizes[int(torch.multinomial(weights, 1, generator=draws.shared()))]
 
     def check(self, denoiser: Denoiser) -> None:
-        if not isinstance(denoiser.core, FlexibleTransformer):
+        if not denoiser.core.any_size:
             raise ConfigError(
-                f"objective 'any_size' trains flexible networks (`model: {{flexible: ...}}`), this is a "
-                f"{denoiser.core.family}"
+                f"objective 'any_size' trains networks for any size (`model: {{flexible: ...}}` or `{{fit: ...}}`), "
+                f"this is a {denoiser.core.family}"
             )
         if not denoiser.path.gaussian_source:
             raise ConfigError(f"any_size trains paths with a Gaussian source, not {denoiser.path.name!r}")
