@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ settings.load_profile("repeatable")
 
 # No test may wait for a network; set before anything imports huggingface_hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nor see what was measured on this machine before, or leave something behind.
+os.environ["PLIANT_CACHE"] = tempfile.mkdtemp(prefix="pliant-tests-")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PLIANT_SHARED", ROOT.parent / "shared"))

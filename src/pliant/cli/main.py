@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from pliant.cli import (
+    bench,
     convert,
     demo,
     distill,
@@ -66,7 +67,8 @@ def root(
 
 
 VERBS = (
-    demo, info, convert, encode, flexify, exits, train, distill, plan, sample, stream, evaluate, frontier, solvers,
+    demo, info, convert, encode, flexify, exits, train, distill, bench, plan, sample, stream, evaluate, frontier,
+    solvers,
 )  # fmt: skip
 for verb in VERBS:
     verb.register(app)

@@ -43,7 +43,14 @@ Decoder = Annotated[
 # What a plan is made from.
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan file; replaces all options below.")]
 Budget = Annotated[
-    str | None, typer.Option("--budget", help='Of full compute: 60%, 0.6, or FLOPs per image: "30 GFLOP".')
+    str | None, typer.Option(
+        "--budget",
+        help='Of full compute: 60%, 0.6; FLOPs per image: "30 GFLOP"; or time: "2 s", "350 ms", "8 s for 4 images".',
+    ),
+]
+ThroughputFile = Annotated[
+    Path | None,
+    typer.Option("--throughput", metavar="FILE", help="Throughput table ('pliant bench -o') that predicts seconds."),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps.  [default: 50]", show_default=False)]
 SolverName = Annotated[

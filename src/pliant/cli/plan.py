@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json
-from pliant.cli.planning import PlanOptions, cost_facts, plan_from
+from pliant.cli.planning import PlanOptions, cost_facts, plan_from, table_for
 from pliant.errors import ConfigError, PliantError
 
 FROZEN_ON = 8
@@ -21,6 +22,7 @@ Examples:
   pliant plan digits --budget 60% --steps 20 -o plan.json
   pliant plan digits --steps 50 --weak-steps 20 --guidance 1.5 --weak-guidance-steps 10 -o plan.json
   pliant plan facebook/DiT-XL-2-256 --steps 250 --solver ddpm --guidance 1.5 --guided-channels 3
+  pliant plan digits --budget "60 ms" --steps 20 --guidance 1.5      seconds, predicted for this machine
   pliant plan digits --cache teacache:threshold=0.2 --freeze -o plan.json
   pliant plan digits --show plan.json      what a plan costs on a model
   pliant plan --show plan.json             what a plan says
@@ -47,6 +49,16 @@ def plan(
     weak: opt.WeakPatch = None,
     weak_last: opt.WeakLast = False,
     precision: opt.PrecisionName = None,
+    throughput: opt.ThroughputFile = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Images at once, for predicted seconds and bytes.  [default: the budget's, or 1]",
+            show_default=False,
+        ),
+    ] = None,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="Sample once and write down what the gates of --cache decide.")
     ] = False,
@@ -55,6 +67,9 @@ def plan(
     ] = None,
     show: Annotated[Path | None, typer.Option("--show", help="Describe this plan file instead of making one.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of plan files.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="What seconds are predicted for: cpu, cuda.  [default: cpu]")
+    ] = None,
     format: opt.Format = None,
     option: opt.LoadOptions = None,
     json: opt.JSON = False,
@@ -62,6 +77,7 @@ def plan(
     """Make a plan: every decision of a sampling run, with its exact cost.
 
     With a budget, the first steps are weak (coarse patches) and the rest powerful, the fewest weak ones that meet it.
+    Seconds are predicted from what 'pliant bench' measured; a budget in seconds measures it if that was never run.
     """
     if schema:
         from pliant.plans.schema import plan_schema
@@ -82,19 +98,22 @@ def plan(
         weak=weak,
         weak_last=weak_last,
         precision=precision,
+        throughput=throughput,
     )
     if show is not None:
         if freeze:
             raise ConfigError("--show only describes a plan: leave out --freeze")
-        _show(show, model, choices, out, format, option, json)
+        _show(show, model, choices, out, format, option, json, batch_size or 1, device)
         return
     if model is None:
         raise ConfigError("name a model to plan for, e.g. 'pliant plan digits --budget 60%'")
 
     from pliant.cli.models import open_model
+    from pliant.plans import parse_budget
 
-    denoiser = open_model(model, format, option, "cpu").denoiser
+    denoiser = open_model(model, format, option, device or "cpu").denoiser
     made = plan_from(None, denoiser, choices)
+    batch = batch_size or (parse_budget(budget).batch if budget is not None else 1)
     if freeze:
         made = made.freeze(denoiser, [i % denoiser.num_classes for i in range(FROZEN_ON)])
     if out is not None:
@@ -104,9 +123,10 @@ def plan(
             raise PliantError(f"could not write {out}: {error.strerror or error}") from None
     if json:
         facts = {"file": str(out) if out else None, "digest": made.digest()}
-        emit_json({**facts, "cost": cost_facts(made, denoiser), "plan": made.to_dict()})
+        table = table_for(denoiser, throughput)
+        emit_json({**facts, "cost": cost_facts(made, denoiser, batch, table), "plan": made.to_dict()})
         return
-    print(made.describe(denoiser))
+    print(made.describe(denoiser, batch, table_for(denoiser, throughput)))
     if out is not None:
         print(f"\n{out} written; run it with: pliant sample {model} --plan {out}")
 
@@ -119,20 +139,23 @@ def _show(
     format: str | None,
     option: list[str] | None,
     json: bool,
+    batch: int,
+    device: str | None,
 ) -> None:
     from pliant.cli.models import open_model
     from pliant.plans import Plan
 
-    extra = [*choices.given(), *(["--out"] if out else [])]
+    extra = [*replace(choices, throughput=None).given(), *(["--out"] if out else [])]
     if extra:
         raise ConfigError(f"--show only describes a plan: leave out {extra[0]}")
     loaded = Plan.load(file)
-    denoiser = None if model is None else open_model(model, format, option, "cpu").denoiser
+    denoiser = None if model is None else open_model(model, format, option, device or "cpu").denoiser
+    table = None if denoiser is None else table_for(denoiser, choices.throughput)
     if json:
-        cost = None if denoiser is None else cost_facts(loaded, denoiser)
+        cost = None if denoiser is None else cost_facts(loaded, denoiser, batch, table)
         emit_json({"file": str(file), "digest": loaded.digest(), "cost": cost, "plan": loaded.to_dict()})
     elif denoiser is not None:
-        print(loaded.describe(denoiser))
+        print(loaded.describe(denoiser, batch, table))
     else:
         print(summary(file))
 

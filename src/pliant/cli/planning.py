@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pliant.cli.console import note
+from pliant.cli.console import note, progress
 from pliant.cli.models import parse_patch
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
     from pliant.guidance import Guidance
-    from pliant.plans import Plan
+    from pliant.plans import Budget, Plan
+    from pliant.plans.timing import Throughput
 
 STEPS, SOLVER = 50, "dpmpp-2m"
 
@@ -35,6 +36,7 @@ class PlanOptions:
     grid: str | None = None
     cache: str | None = None
     guide: str | None = None
+    throughput: Path | None = None
 
     def given(self) -> list[str]:
         """The options that were typed, as typed."""
@@ -76,11 +78,14 @@ def _named(text: str, what: str, example: str) -> dict[str, Any]:
 def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
     """Weak steps first if a budget or a number of weak steps is given, else the same compute at every step."""
     from pliant.compute import Compute
-    from pliant.plans import Plan
+    from pliant.models.precision import check_precision
+    from pliant.plans import Plan, weakest
     from pliant.solvers import get_solver
 
     solver = get_solver(solver_config(options.solver or SOLVER))
     times = grid_config(options.grid)
+    if options.precision is not None:  # before the plan is made: seconds depend on it
+        check_precision(options.precision)
     steps = options.steps or STEPS
     if options.budget is None and options.weak_steps is None:
         for name, value in (("--weak-last", options.weak_last), ("--weak-guidance-steps", options.weak_guidance_steps)):
@@ -91,13 +96,15 @@ def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
     else:
         if options.budget is not None and options.weak_steps is not None:
             raise ConfigError("give either --budget or --weak-steps, not both")
+        weak = parse_patch(options.weak) if options.weak else weakest(model).patch
         plan = Plan.weak_to_powerful(
             model,
             steps,
-            options.budget,
+            None if options.budget is None else ready_budget(model, options),
             weak_steps=options.weak_steps,
             weak_guidance_steps=options.weak_guidance_steps,
-            weak=Compute.of(parse_patch(options.weak)) if options.weak else None,
+            weak=Compute.of(weak, precision=options.precision),
+            powerful=Compute(precision=options.precision),
             solver=solver,
             times=times,
             guidance=options.guidance,
@@ -116,6 +123,30 @@ def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
             "it runs in full, and gates compare with its last such step; `pliant plan` shows what is left to save"
         )
     return plan.cached(model, **cache_config(options.cache))
+
+
+def ready_budget(model: Denoiser, options: PlanOptions) -> Budget:
+    """The budget; one in seconds with its throughput table, which is measured now if there is none."""
+    from pliant.compute import Compute
+    from pliant.plans import parse_budget
+    from pliant.plans.timing import Throughput, cached_table
+    from pliant.plans.timing.measure import default_computes
+    from pliant.plans.timing.ready import missing_kinds, ready_table
+
+    budget = parse_budget(options.budget or "")
+    if budget.seconds is None:
+        return budget
+    if options.throughput is not None:
+        table = Throughput.load(options.throughput)
+        table.check(model)
+        return replace(budget, throughput=table)
+    computes = default_computes(model, (options.precision,))
+    if options.weak:
+        computes.append(Compute.of(parse_patch(options.weak), precision=options.precision))
+    if missing_kinds(cached_table(model), model, computes):
+        note("measuring how fast this machine runs the model, once; 'pliant bench' does it ahead")
+    with progress("measuring") as advance:
+        return replace(budget, throughput=ready_table(model, computes, advance))
 
 
 def _guided(plan: Plan, options: PlanOptions) -> Plan:
@@ -146,7 +177,7 @@ def plan_from(file: Path | None, model: Denoiser, options: PlanOptions) -> Plan:
     from pliant.plans import Plan
 
     if file is None:
-        own = Plan.own(model) if not set(options.given()) - {"--precision"} else None
+        own = Plan.own(model) if not set(options.given()) - {"--precision", "--throughput"} else None
         if own is None:
             return make_plan(model, options)
         return own if options.precision is None else with_precision(own, options.precision)
@@ -182,13 +213,42 @@ def own_precision(model: Denoiser) -> str:
     return resolve_precision(None, core.base if isinstance(core, FlexiDiT) else core)
 
 
-def cost_facts(plan: Plan, model: Denoiser) -> dict[str, Any]:
-    """Exact cost of a plan, for JSON."""
-    cost = plan.cost(model)
-    return {
+def table_for(model: Denoiser, file: Path | None) -> Throughput | None:
+    """The throughput table in a file, checked, or the one kept for this model and machine, if there is one."""
+    from pliant.plans.timing import Throughput, cached_table
+
+    if file is None:
+        return cached_table(model)
+    table = Throughput.load(file)
+    table.check(model)
+    return table
+
+
+def cost_facts(
+    plan: Plan, model: Denoiser, batch: int | None = None, throughput: Throughput | None = None
+) -> dict[str, Any]:
+    """Exact cost of a plan, for JSON; batch: also its bytes, and its seconds where a table says them."""
+    from pliant.errors import PlanError
+
+    try:
+        cost = plan.cost(model, batch, throughput)
+    except PlanError:  # the table was not measured on this plan's calls
+        cost = plan.cost(model, batch)
+    facts: dict[str, Any] = {
         "flops_per_image": cost.flops,
         "full_flops_per_image": cost.full_flops,
         "share": cost.share,
         "evaluations": cost.evaluations,
         "network_calls": cost.calls,
     }
+    if cost.batch is not None:
+        run = cost.batch
+        facts["batch"] = {
+            "images": run.images,
+            "peak_bytes": run.memory.peak,
+            "moved_bytes": run.memory.moved,
+            "seconds": run.seconds,
+            "seconds_per_image": run.seconds_per_image,
+            "least_seconds": None if run.time is None else run.time.least,
+        }
+    return facts

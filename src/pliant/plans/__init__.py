@@ -2,7 +2,7 @@
 
 from pliant.plans.batching import Batcher, Progress, Request, sample_together, steps_together
 from pliant.plans.budget import Budget, parse_budget
-from pliant.plans.cost import PlanCost
+from pliant.plans.cost import PlanCost, RunCost
 from pliant.plans.gradients import Gradients, differentiable_sample, sample_with_gradients
 from pliant.plans.mcmc import DenoisingMCMC, geometric_levels
 from pliant.plans.plan import Plan, Step
@@ -18,6 +18,7 @@ __all__ = [
     "PlanCost",
     "Progress",
     "Request",
+    "RunCost",
     "Sampler",
     "Step",
     "differentiable_sample",

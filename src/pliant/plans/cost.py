@@ -1,9 +1,9 @@
-"""What a plan costs: exact, before anything runs."""
+"""What a plan costs before anything runs: FLOPs, exactly; bytes and seconds of a batch, predicted."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pliant.compute import MATMUL, Compute, Convention
@@ -12,7 +12,28 @@ from pliant.guidance import Guidance
 from pliant.plans.calls import evaluation_calls
 
 if TYPE_CHECKING:
+    from pliant.plans.memory import Memory
     from pliant.plans.plan import Plan
+    from pliant.plans.timing import PlanSeconds, Throughput
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """Predicted cost of running a batch with a prepared sampler."""
+
+    images: int
+    memory: Memory
+    time: PlanSeconds | None
+    """None without a throughput table."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the batch; at most, where gates decide."""
+        return None if self.time is None else self.time.seconds
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        return None if self.time is None else self.time.seconds / self.images
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,8 @@ class PlanCost:
     least_flops: int
     """If every gate that may reuse does, after its first call, and every token that may skip an MLP does; equal to
     `flops` where nothing is decided while sampling."""
+    batch: RunCost | None = None
+    """Of a whole batch, if its size was given."""
 
     @property
     def share(self) -> float:
@@ -66,8 +89,16 @@ def evaluations_per_step(plan: Plan, model: Denoiser) -> list[int]:
     return counts
 
 
-def plan_cost(plan: Plan, model: Denoiser, convention: Convention = MATMUL) -> PlanCost:
+def plan_cost(
+    plan: Plan,
+    model: Denoiser,
+    convention: Convention = MATMUL,
+    batch: int | None = None,
+    throughput: Throughput | None = None,
+) -> PlanCost:
     """The exact cost of `plan` on `model`. Raises PlanError or ConfigError if the model cannot run it.
+
+    batch: images at once, for bytes; throughput: a table of this model and machine, for seconds (batch 1 by default).
 
     What gates and token routers decide is not known before: `flops` is then the most, `least_flops` the least that
     the plan can cost; `pliant.plans.caching.taken.spent_flops` measures it on samples.
@@ -100,4 +131,18 @@ def plan_cost(plan: Plan, model: Denoiser, convention: Convention = MATMUL) -> P
     # Full compute: every call at the model's own patch size, and what guidance saves by not calling is not forgotten.
     whole = [n * (1 if s.guidance is None else 2) for n, s in zip(counts, plan.steps, strict=True)]
     total = sum(step_flops)
-    return PlanCost(total, sum(whole) * full, sum(counts), sum(streams), tuple(step_flops), total - saved)
+    cost = PlanCost(total, sum(whole) * full, sum(counts), sum(streams), tuple(step_flops), total - saved)
+    if batch is None and throughput is None:
+        return cost
+    return replace(cost, batch=run_cost(plan, model, 1 if batch is None else batch, throughput))
+
+
+def run_cost(plan: Plan, model: Denoiser, batch: int, throughput: Throughput | None) -> RunCost:
+    """Bytes, and seconds where there is a table, of one batch. Raises PlanError for a table of another machine."""
+    from pliant.plans.memory import plan_memory
+    from pliant.plans.timing import Prices
+
+    if throughput is not None:
+        throughput.check(model)
+    time = None if throughput is None else Prices(throughput, model, batch).plan(plan)
+    return RunCost(batch, plan_memory(plan, model, batch), time)

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser
+from pliant.errors import PlanError
 from pliant.guidance import Guidance
 from pliant.models.patches import patch_name
+from pliant.plans.budget import images_text, seconds_text
 
 if TYPE_CHECKING:
     from pliant.plans.plan import Plan
+    from pliant.plans.timing import Throughput
 
 
 def _guidance_text(guidance: Guidance | None, model: Denoiser) -> str:
@@ -53,8 +56,12 @@ def reuse_text(compute: Compute) -> str:
     return "; ".join(words) or "-"
 
 
-def describe(plan: Plan, model: Denoiser) -> str:
-    """Steps (equal neighbours joined): times, solver, patch, guidance, GFLOP per image and share of full compute."""
+def describe(plan: Plan, model: Denoiser, batch: int = 1, throughput: Throughput | None = None) -> str:
+    """Steps (equal neighbours joined): times, solver, patch, guidance, GFLOP per image and share of full compute.
+
+    A last line predicts seconds of `batch` images, from the given table or one that is kept of this machine, if it
+    knows the plan's calls.
+    """
     cost = plan.cost(model)
     times = plan.times
     rows: list[tuple[str, ...]] = [(*HEADINGS, "GFLOP", "share")]
@@ -89,7 +96,24 @@ def describe(plan: Plan, model: Denoiser) -> str:
         least = f"{_number(cost.least_flops)} GFLOP ({cost.least_flops / cost.full_flops:.1%})"
         who = "gates" if any(s.compute.gate for s in plan.steps) else "token routers"
         lines.append(f"{who} decide while sampling: the table is the most it can cost, the least is {least}")
+    if (predicted := seconds_line(plan, model, batch, throughput)) is not None:
+        lines.append(predicted)
     return "\n".join(lines)
+
+
+def seconds_line(plan: Plan, model: Denoiser, batch: int, throughput: Throughput | None = None) -> str | None:
+    """`predicted 0.81 s for 1 image on ...`, or None without measurements of what the plan runs."""
+    from pliant.plans.timing import Prices, cached_table
+
+    table = throughput or cached_table(model)
+    if table is None:
+        return None
+    try:
+        time = Prices(table, model, batch).plan(plan)
+    except PlanError:
+        return None
+    least = "" if time.least == time.seconds else f" at most, {seconds_text(time.least)} at least"
+    return f"predicted {seconds_text(time.seconds)}{least} for {images_text(batch)} on {table.machine.describe()}"
 
 
 def _number(flops: int) -> str:

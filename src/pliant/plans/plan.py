@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ from pliant.plans.calls import calls_of, check_references, check_reuse, reuses
 from pliant.plans.cost import PlanCost, plan_cost
 from pliant.plans.regions import check_tokens
 from pliant.solvers import Program, Solver, SolverLike, compile_program, get_solver
+
+if TYPE_CHECKING:
+    from pliant.plans.budget import Budget
+    from pliant.plans.timing import Throughput
 
 FORMAT, VERSION = "pliant-plan", 1
 
@@ -107,8 +111,13 @@ class Plan:
         return uniform(model, steps, solver, compute, guidance, times)
 
     @staticmethod
-    def weak_to_powerful(model: Denoiser, steps: int = 50, budget: float | str | None = None, **options: Any) -> Plan:
-        """Weak (coarse-patch) steps first, powerful ones last. See `pliant.plans.presets.weak_to_powerful`."""
+    def weak_to_powerful(
+        model: Denoiser, steps: int = 50, budget: float | str | Budget | None = None, **options: Any
+    ) -> Plan:
+        """Weak (coarse-patch) steps first, powerful ones last: `budget=0.6`, `"30 GFLOP"`, `"2.0 s"`, ...
+
+        See `pliant.plans.presets.weak_to_powerful`.
+        """
         from pliant.plans.presets import weak_to_powerful
 
         return weak_to_powerful(model, steps, budget, **options)
@@ -187,15 +196,21 @@ class Plan:
         if reuses(self):
             check_reuse(self, program, model)
 
-    def cost(self, model: Denoiser) -> PlanCost:
-        """Exact FLOPs per image, and as a share of the same plan run at full compute."""
-        return plan_cost(self, model)
+    def cost(self, model: Denoiser, batch: int | None = None, throughput: Throughput | None = None) -> PlanCost:
+        """Exact FLOPs per image, and as a share of the same plan run at full compute.
 
-    def describe(self, model: Denoiser) -> str:
-        """A table of the steps with their FLOPs; equal neighbours are joined."""
+        batch: also the bytes of so many images at once; throughput: a table of this model and machine
+        (`pliant.plans.timing`), for seconds. Both are in `PlanCost.batch`.
+        """
+        return plan_cost(self, model, batch=batch, throughput=throughput)
+
+    def describe(self, model: Denoiser, batch: int = 1, throughput: Throughput | None = None) -> str:
+        """A table of the steps with their FLOPs; equal neighbours are joined. Seconds of `batch` images are predicted
+        from a throughput table: the given one, or what `pliant bench` measured on this machine.
+        """
         from pliant.plans.describe import describe
 
-        return describe(self, model)
+        return describe(self, model, batch, throughput)
 
     # Files --------------------------------------------------------------------------------------------------------
 

@@ -108,7 +108,8 @@ def weak_to_powerful(
         if split > steps:
             least = wanted.describe(wanted.spent(plan(steps), model), full, model)
             raise PlanError(
-                f"a budget of {budget} is below the cheapest schedule: all {steps} steps weak cost {least}. "
+                f"a budget of {wanted.amount} is below the cheapest schedule: "
+                f"all {steps} steps weak cost {least}. "
                 f"Raise the budget, take fewer steps, or add a larger patch size"
             )
         weak_steps = split

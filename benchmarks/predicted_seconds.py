@@ -1,0 +1,193 @@
+"""Predicted against measured seconds of plans that the throughput table was not fitted on.
+
+    python benchmarks/predicted_seconds.py [--model digits DiT-S/2 CIFAR] [--precision fp32 bf16] [--rounds 3]
+        [--clock wall|process] [--table FOLDER] [--json predicted.json] [--budgets]
+
+The table is the one of `pliant bench` (measured here first, or read from FOLDER, which keeps it). Measured: the median
+of several whole runs of a prepared sampler, from labels and seeds to final states. Gated caches are frozen first: what
+a gate decides is not known before. DiT-S/2 and CIFAR (width 256, depth 8, 32x32 pixels, patch 2) are untrained, with
+weights of normal size everywhere. `--budgets`: plans made for "X s", run, compared with X.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pliant
+from pliant import Compute, Denoiser
+from pliant.adapters.flexify import flexify
+from pliant.guidance import Guidance
+from pliant.paths import NetworkTime, get_path
+from pliant.plans import Plan, Sampler
+from pliant.plans.guiding import guided_between
+from pliant.plans.timing import Prices, Throughput
+from pliant.plans.timing.measure import default_computes, measure
+
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+
+
+def model_named(name: str) -> Denoiser:
+    """The bundled digits model, or an untrained network with random weights and a weak patch size."""
+    if name == "digits":
+        model = pliant.load("digits")
+        model.network.requires_grad_(False)
+        return model
+    sizes = {"width": 256, "depth": 8, "heads": 4, "in_channels": 3, "num_classes": 10, "learn_sigma": False}
+    config = pliant.DiTConfig(**sizes) if name == "CIFAR" else pliant.DiTConfig.named(name)  # type: ignore[arg-type]
+    network = pliant.DiT(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.02))
+    path, kind = ("linear", "velocity") if name == "CIFAR" else ("vp-discrete", "epsilon")
+    times = NetworkTime(scale=1000.0) if name == "CIFAR" else NetworkTime.timesteps()
+    model = flexify(Denoiser(network, get_path(path), kind, times, {"name": name}), [4], rank=16)  # type: ignore[arg-type]
+    model.network.requires_grad_(False).eval()
+    return model
+
+
+def plans(model: Denoiser, steps: int, precision: str) -> Iterator[tuple[str, Plan]]:
+    """Named plans in one precision: step counts, patches, guidance, solvers, caches, tokens."""
+    full = Compute(precision=precision)
+    weak = Compute(patch=max(model.patch_sizes), precision=precision)
+
+    def uniform(count: int, solver: str = "dpmpp-2m", **options: Any) -> Plan:
+        return Plan.uniform(model, count, solver, full, **options)
+
+    yield "plain", uniform(steps)
+    yield "half the steps, Heun", uniform(max(steps // 2, 2), "heun")
+    yield "ancestral", uniform(steps, "ddpm" if model.prediction == "epsilon" else "sde-dpmpp-2m")
+    yield "UniPC", uniform(steps, "unipc")
+    yield "guided", uniform(steps, guidance=2.0)
+    yield "weak calls", Plan.uniform(model, steps, "dpmpp-2m", weak)
+    split = {"weak": weak, "powerful": full, "guidance": 2.0, "weak_steps": steps // 2}
+    yield "weak first, guided", Plan.weak_to_powerful(model, steps, **split)
+    yield "weak guidance", Plan.weak_to_powerful(model, steps, **split, weak_guidance_steps=steps // 4)
+    yield "guidance interval", guided_between(uniform(steps), Guidance.cfg(2.0))
+    base, guided = uniform(steps), uniform(steps, guidance=2.0)
+    for name, options in (
+        ("fora", {"interval": 3}),
+        ("deepcache", {}),
+        ("delta-dit", {}),
+        ("pab", {}),
+        ("taylorseer", {}),
+        ("icc", {"interval": 2, "rank": 4}),
+        ("tome", {"ratio": 0.5}),
+        ("ras", {"metric": "update_norm"}),
+    ):
+        try:
+            yield f"{name}", base.cached(model, name, **options)
+        except pliant.PliantError as error:
+            print(f"  {name}: {error}")
+    yield "fora, guided", guided.cached(model, "fora", interval=2)
+    yield "fastercache, guided", guided.cached(model, "fastercache")
+    for name, options in (("fbc", {"threshold": 0.3}), ("easycache", {"threshold": 0.3})):
+        gated = base.cached(model, name, **options)
+        yield f"{name}, frozen", gated.freeze(model, [0, 1])
+
+
+def median_seconds(model: Denoiser, plan: Plan, batch: int, rounds: int, clock: Callable[[], float]) -> float:
+    """Of whole runs of a prepared sampler; the first is not counted."""
+    sampler = Sampler(model, plan)
+    labels, seeds = [i % model.num_classes for i in range(batch)], list(range(batch))
+    found = []
+    for _ in range(rounds + 1):
+        start = clock()
+        sampler(labels, seeds)
+        found.append(clock() - start)
+    return statistics.median(found[1:])
+
+
+def table_of(model: Denoiser, name: str, precisions: list[str], clock: str, folder: str | None) -> Throughput:
+    file = None if folder is None else Path(folder) / f"{name.replace('/', '-')}-{clock}.json"
+    if file is not None and file.exists():
+        table = Throughput.load(file)
+        table.check(model)
+        return table
+    table = measure(model, default_computes(model, precisions), clock=CLOCKS[clock])
+    print(f"{name}: table measured in {table.measured['seconds']} s")
+    if file is not None:
+        table.save(file)
+    return table
+
+
+def summary(errors: list[float]) -> str:
+    """The distribution of relative errors."""
+    size = sorted(abs(e) for e in errors)
+    return (
+        f"{len(errors)} plans: median error {statistics.median(errors):+.1%}, median |error| {statistics.median(size):.1%}, "
+        f"90th percentile {size[int(0.9 * (len(size) - 1))]:.1%}, worst {size[-1]:.1%}, "
+        f"within 10 %: {sum(s <= 0.10 for s in size)}/{len(size)}"
+    )
+
+
+def budgets(model: Denoiser, table: Throughput, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Plans made for seconds, run, compared."""
+    from pliant.plans import Budget
+
+    rows = []
+    for batch in args.batch:
+        prices = Prices(table, model, batch)
+        full = prices.plan(Plan.uniform(model, args.steps, guidance=2.0)).seconds
+        for share in (0.9, 0.7, 0.5):
+            wanted = float(f"{share * full:.3g}")
+            budget = Budget(seconds=wanted, batch=batch, throughput=table)
+            plan = Plan.weak_to_powerful(model, args.steps, budget, guidance=2.0)
+            took = median_seconds(model, plan, batch, args.rounds, CLOCKS[args.clock])
+            expected = prices.plan(plan).seconds
+            rows.append({"batch": batch, "budget": wanted, "predicted": expected, "took": took, "of": took / wanted})
+            print(f"  budget {wanted:.3g} s for {batch}: predicted {expected:.3g}, took {took:.3g} ({took / wanted:.1%})")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["digits", "DiT-S/2", "CIFAR"])
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 3, 6])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--table", metavar="FOLDER")
+    parser.add_argument("--budgets", action="store_true")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    report: dict[str, Any] = {"threads": torch.get_num_threads(), "clock": args.clock, "rows": []}
+    for name in args.model:
+        model = model_named(name)
+        table = table_of(model, name, args.precision, args.clock, args.table)
+        report["machine"] = table.machine.to_dict()
+        print(f"{name} on {table.machine.describe()}, {args.clock} clock, {args.steps} steps")
+        if args.budgets:
+            report["rows"] += [{"model": name, **row} for row in budgets(model, table, args)]
+            continue
+        errors: list[float] = []
+        for precision in args.precision:
+            for label, plan in plans(model, args.steps, precision):
+                for batch in args.batch:
+                    expected = Prices(table, model, batch).plan(plan).seconds
+                    took = median_seconds(model, plan, batch, args.rounds, CLOCKS[args.clock])
+                    error = expected / took - 1
+                    errors.append(error)
+                    row = {"model": name, "plan": label, "precision": precision, "batch": batch}
+                    report["rows"].append({**row, "predicted": expected, "took": took})
+                    print(
+                        f"  {label:22s} {precision} batch {batch}: predicted {1e3 * expected:8.1f} ms, took "
+                        f"{1e3 * took:8.1f} ms, {error:+.1%}",
+                        flush=True,
+                    )
+        print(f"{name}: {summary(errors)}\n", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
