@@ -12,7 +12,7 @@ from pliant.cli.console import emit_json, table
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pliant.models.network import NetworkConfig
+    from pliant.models.network import NetworkConfig, Size
 
 EXAMPLES = """\b
 Examples:
@@ -112,7 +112,7 @@ def sites_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
     from pliant.compute import Compute, spent_macs
     from pliant.models.network import family_of
 
-    _, config = family_of(identity["network"])
+    config = family_of(identity["network"])[1]
     shape = config.shape()
     total, count = 2 * spent_macs(shape, Compute()), 2 * config.depth
     rows = []
@@ -143,18 +143,18 @@ def calls_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
     from pliant.models.patches import patch_name
 
     network = identity["network"]
-    (_, config), flex, exits = family_of(network), network.get("flex"), network.get("exits")
-    own = config.patch_size
-    more = FlexSpec.from_dict(flex).patch_sizes if flex else getattr(config, "patch_sizes", ())
-    sizes = [own, *(p for p in more if p != own)]
+    config, flex, exits = family_of(network)[1], network.get("flex"), network.get("exits")
+    added = FlexSpec.from_dict(flex).patch_sizes if flex else ()
+    sizes = [*config.patch_sizes, *(p for p in added if p != config.patch_size)]
     calls: list[dict[str, Any]] = [{"patch": patch_name(patch), **_call(config, patch)} for patch in sizes]
     if exits and isinstance(config, DiTConfig):
+        own = config.patch_size
         for depth in ExitSpec.from_dict(exits).depths:
             calls.append({"patch": patch_name(own), "exit": depth, **_call(config_of_exit(config, depth), own)})
     return [{**c, "share": c["flops"] / calls[0]["flops"]} for c in calls]
 
 
-def _call(config: NetworkConfig, patch: tuple[int, ...]) -> dict[str, int]:
+def _call(config: NetworkConfig, patch: Size) -> dict[str, int]:
     from pliant.compute import MATMUL, macs
 
     shape = config.shape(patch=patch)

@@ -71,6 +71,9 @@ class Source:
             f"states {size}, {config.num_classes} classes, path {path['name']}{f' ({options})' if options else ''}, "
             f"predicts {self.identity['prediction']}",
         ]
+        if len(config.patch_sizes) > 1:
+            sizes = ", ".join(map(named, config.patch_sizes[1:]))
+            lines.append(f"flexible: also runs at patch size {sizes}, and at other sizes than this")
         flex = self.identity["network"].get("flex")
         if flex:
             sizes = ", ".join("x".join(map(str, p)) for p in flex["patch_sizes"])

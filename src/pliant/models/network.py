@@ -47,6 +47,11 @@ class NetworkConfig(Protocol):
         ...
 
     @property
+    def patch_sizes(self) -> tuple[Size, ...]:
+        """All patch sizes of the network alone, the own one first; adapters may add others."""
+        ...
+
+    @property
     def depth(self) -> int:
         """Blocks, of two residual branches each."""
         ...
@@ -93,7 +98,7 @@ class Backbone(nn.Module):
     @property
     def patch_sizes(self) -> tuple[Size, ...]:
         """All patch sizes it runs at, the own one first."""
-        return (self.config.patch_size,)
+        return self.config.patch_sizes
 
     def plain(self, patch: Size, merged: bool = True, extrapolation: str = "none") -> Backbone | None:
         """The plain backbone of one patch size, sharing weights where it can; None: calls must run this one as it is.
