@@ -144,8 +144,8 @@ def calls_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
 
     network = identity["network"]
     config, flex, exits = family_of(network)[1], network.get("flex"), network.get("exits")
-    added = FlexSpec.from_dict(flex).patch_sizes if flex else ()
-    sizes = [*config.patch_sizes, *(p for p in added if p != config.patch_size)]
+    added = FlexSpec.from_dict(flex).patch_sizes if flex else getattr(config, "patch_sizes", ())
+    sizes = [config.patch_size, *(p for p in added if p != config.patch_size)]
     calls: list[dict[str, Any]] = [{"patch": patch_name(patch), **_call(config, patch)} for patch in sizes]
     if exits and isinstance(config, DiTConfig):
         own = config.patch_size

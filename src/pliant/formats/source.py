@@ -15,6 +15,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, FormatError, suggest
 from pliant.models.dit import SIZES, DiT, DiTConfig
 from pliant.models.fit import FiTConfig
+from pliant.models.flexible import FlexibleConfig
 from pliant.models.network import NetworkConfig, family_of, named
 from pliant.models.positions import patch_positions
 from pliant.paths import NetworkTime, Path, PredictionType, get_path, path_from_config
@@ -71,7 +72,7 @@ class Source:
             f"states {size}, {config.num_classes} classes, path {path['name']}{f' ({options})' if options else ''}, "
             f"predicts {self.identity['prediction']}",
         ]
-        if len(config.patch_sizes) > 1:
+        if isinstance(config, FlexibleConfig) and len(config.patch_sizes) > 1:
             sizes = ", ".join(map(named, config.patch_sizes[1:]))
             lines.append(f"flexible: also runs at patch size {sizes}, and at other sizes than this")
         flex = self.identity["network"].get("flex")

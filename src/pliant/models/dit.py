@@ -75,10 +75,6 @@ class DiTConfig:
                 raise ConfigError(f"{name} needs a number of 1 to {full} for each of {self.depth} blocks, got {given}")
 
     @property
-    def patch_sizes(self) -> tuple[Size, ...]:
-        return (self.patch_size,)
-
-    @property
     def block_widths(self) -> tuple[tuple[int, int], ...]:
         """(heads, hidden features of the MLP) of every block."""
         heads = self.block_heads or (self.heads,) * self.depth

@@ -246,6 +246,10 @@ class FlexibleTransformer(Backbone):
     # What it is ---------------------------------------------------------------------------------------------------
 
     @property
+    def patch_sizes(self) -> tuple[Size, ...]:
+        return self.config.patch_sizes
+
+    @property
     def modulation_values(self) -> int:
         return (6 * self.config.depth + 2) * self.config.width
 

@@ -47,11 +47,6 @@ class NetworkConfig(Protocol):
         ...
 
     @property
-    def patch_sizes(self) -> tuple[Size, ...]:
-        """All patch sizes of the network alone, the own one first; adapters may add others."""
-        ...
-
-    @property
     def depth(self) -> int:
         """Blocks, of two residual branches each."""
         ...
@@ -98,7 +93,7 @@ class Backbone(nn.Module):
     @property
     def patch_sizes(self) -> tuple[Size, ...]:
         """All patch sizes it runs at, the own one first."""
-        return self.config.patch_sizes
+        return (self.config.patch_size,)
 
     def plain(self, patch: Size, merged: bool = True, extrapolation: str = "none") -> Backbone | None:
         """The plain backbone of one patch size, sharing weights where it can; None: calls must run this one as it is.
