@@ -49,7 +49,7 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_size_and_its_replay(run: Run, pixels: Path, tmp_path: Path) -> None:
     out = tmp_path / "wide.png"
-    options = ("--size", "2x4", "--grid", "resolution", "--steps", "2", "--solver", "euler", "--zoom", "1", "--num", "1")
+    options = ("--size", "2x4", "--grid", "resolution", "--steps", "2", "--solver", "euler", "--zoom=1", "--num=1")
     done = run("sample", str(pixels), "-o", str(out), *options)
     assert done.code == 0 and "outside" not in done.err
     picture, recipe = imaging.read_png(out)
