@@ -16,10 +16,12 @@ from pliant.evaluation import (
     digits,
     evaluate,
     evaluate_images,
+    from_uint8,
     get_extractor,
     load_reference,
     read_npz,
     reference_of,
+    save_reference,
     to_uint8,
     write_npz,
 )
@@ -176,3 +178,58 @@ def test_bad_calls_are_refused() -> None:
     foreign = references_module.Reference("x", FeatureStatistics.of(torch.randn(9, 32), {"extractor": "other"}))
     with pytest.raises(DataError, match="differ in extractor"):
         evaluate(replay, foreign, EXTRACTOR, 4)
+
+
+class Pretender:
+    """Something small that calls itself Inception."""
+
+    name, dim, preprocessing, fingerprint = "inception-v3-pool3", 4, "none", "f" * 64
+    spatial_name = "corners"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.both(images)[0]
+
+    def both(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = images.flatten(1)
+        return flat[:, 20:24], flat[:, :3]
+
+
+def test_adm_reference_files(tmp_path: Path) -> None:
+    """mu, sigma, mu_s and sigma_s as they are; the kernel distances and shares from arr_0."""
+    import numpy as np
+
+    rgb = digits("test").images[:40].expand(-1, 3, -1, -1)
+    stored = {"mu": np.arange(4.0), "sigma": np.eye(4), "mu_s": np.ones(3), "sigma_s": 2 * np.eye(3)}
+    np.savez(tmp_path / "adm.npz", arr_0=rgb.permute(0, 2, 3, 1).numpy(), **stored)
+    reference = load_reference(tmp_path / "adm.npz", Pretender())
+    assert reference.statistics.mean.tolist() == [0, 1, 2, 3] and reference.statistics.n is None
+    assert reference.spatial is not None and torch.equal(reference.spatial.cov, 2 * torch.eye(3, dtype=torch.float64))
+    assert reference.features is not None and reference.features.shape == (40, 4)
+    assert len(reference.statistics.provenance["reference_sha256"]) == 64
+    report = evaluate_images(ImageSet("rgb", rgb.contiguous()), reference, Pretender())
+    assert report.spatial is not None and report.precision is not None and report.precision.mean == 1.0
+    text = str(report)
+    for name in ("FID (inception-v3-pool3)", "sFID (", "KID (", "reference_images: not stated"):
+        assert name in text
+
+    save_reference(tmp_path / "again.npz", reference)
+    with np.load(tmp_path / "again.npz") as file:  # as another evaluator reads it
+        assert {k: file[k].tolist() for k in file.files} == {k: v.tolist() for k, v in stored.items()}
+    bare = load_reference(tmp_path / "again.npz", Pretender())
+    assert torch.equal(bare.statistics.mean, reference.statistics.mean) and bare.features is None
+    with pytest.raises(FormatError, match="its mu and sigma are Inception's"):
+        load_reference(tmp_path / "again.npz", EXTRACTOR)
+
+
+def test_large_references_keep_a_fixed_random_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders come class by class: the first ones would be of one class."""
+    monkeypatch.setattr(references_module, "KEPT_FEATURES", 50)
+    images = ImageSet("sorted", digits("test").images[digits("test").labels.argsort()])  # type: ignore[union-attr]
+    whole = EXTRACTOR(from_uint8(images.images))
+    parts = [reference_of(images, EXTRACTOR, batch).features for batch in (360, 77)]
+    references_module._CACHE.clear()
+    again = reference_of(images, EXTRACTOR, 100).features
+    assert parts[0] is not None and again is not None
+    assert parts[0].shape == (50, 32) and torch.allclose(parts[0], again, atol=1e-5)
+    places = torch.cdist(again, whole).argmin(1)
+    assert places.min() < 40 and places.max() > 320
