@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import IO, Any
@@ -40,6 +41,7 @@ class Journal:
 
     def __init__(self, file: str | FilePath | None = None, about: dict[str, Any] | None = None) -> None:
         self.entries: dict[str, Entry] = {}
+        self.notes: dict[str, Any] = {}
         self._stream: IO[str] | None = None
         self.read = 0
         """Entries that were there already."""
@@ -72,6 +74,9 @@ class Journal:
             found = json.loads(lines[0])
             for line in lines[1:]:
                 row = json.loads(line)
+                if "note" in row:
+                    self.notes[row["note"]] = row["value"]
+                    continue
                 score = None if row["score"] is None else Score.from_dict(row["score"])
                 self.entries[key_of(row["candidate"])] = Entry(score, float(row["seconds"]))
         except (ValueError, KeyError, TypeError):
@@ -101,6 +106,13 @@ class Journal:
         self.entries[key_of(genome)] = entry
         self._write({"candidate": genome, "score": None if score is None else score.to_dict(), "seconds": seconds})
         return entry
+
+    def noted(self, name: str, make: Callable[[], Any]) -> Any:
+        """Another JSON-ready fact that takes long to find: made once, then read."""
+        if name not in self.notes:
+            self.notes[name] = make()
+            self._write({"note": name, "value": self.notes[name]})
+        return self.notes[name]
 
     def close(self) -> None:
         if self._stream is not None:

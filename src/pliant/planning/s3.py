@@ -1,0 +1,160 @@
+"""S³: predictor-guided evolutionary search over solver schedules (arXiv 2312.07243; sheet D, section 4).
+
+Every step may have its own order, prediction kind, derivative estimate, scaling and corrector (`pliant.solvers.USF`),
+and its own time. Compute and guidance are those of the all-powerful plan: only the solver is searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from random import Random
+from typing import Any
+
+from pliant.denoiser import Denoiser
+from pliant.planning.evolution import Evaluated, Genes, Predict, Rules
+from pliant.planning.genes import Categorical, Real, Record, Steps
+from pliant.planning.objective import Objective
+from pliant.planning.predictor import fit_ranker
+from pliant.planning.proxies import SampleError
+from pliant.planning.racing import Effort, search_plans
+from pliant.planning.result import PlanResult, Progress
+from pliant.planning.task import Task
+from pliant.planning.teacher import TeacherSettings
+from pliant.plans import Budget, Plan, Step
+from pliant.plans.plan import made_for
+from pliant.solvers import USF
+
+ORDERS, ORDER_WEIGHTS = (1, 2, 3, 4), (0.2, 0.4, 0.3, 0.1)
+SCALES = ("none", "linear", "midpoint", "bh1", "plus-exp", "minus-exp")
+GENES = Record(
+    {
+        "order": Categorical(ORDERS, ORDER_WEIGHTS),
+        "form": Categorical(("sample", "epsilon")),
+        "nodes": Categorical((1, 2)),
+        "scale": Categorical(SCALES, (0.3, 0.3, 0.2, 0.1, 0.05, 0.05)),
+        "kappa": Real(-0.5, 0.5, 0.05),
+        "corrector": Categorical(("none", "pseudo")),
+    }
+)
+"""Options and probabilities of sheet D; "nodes": how many outputs estimate the first derivative, at most the order."""
+RULES = Rules(population=12, parents=15, crossover=0.3, fresh=0.05)
+LEAST_KNOWN = 24
+"""Schedules that must be measured before the predictor is asked."""
+
+
+def named(order: int, form: str, scale: str = "none", corrector: str = "none", nodes: int = 2) -> dict[str, Any]:
+    """Genes of a step of a named solver."""
+    return {"order": order, "form": form, "nodes": nodes, "scale": scale, "kappa": 0.0, "corrector": corrector}
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "ddim": named(1, "sample"),
+    "dpmpp-2m": named(2, "sample", "midpoint"),
+    "dpm-2m": named(2, "epsilon", "midpoint"),
+    "dpmpp-3m": named(3, "sample"),
+    "deis-3": named(3, "epsilon"),
+    "unipc-2": named(2, "sample", "midpoint", "pseudo"),
+    "unipc-3": named(3, "sample", "none", "pseudo"),
+    "low-order": named(3, "sample", "none", "none", 1),
+}
+"""Where the search starts, on the path's default times and on shifted ones."""
+
+
+def usf_of(row: dict[str, Any]) -> USF:
+    """A step's solver. "linear" scaling with its kappa; the first derivative from `nodes` outputs, others from all."""
+    order = int(row["order"])
+    newest = tuple(range(1, order))
+    first = newest[: int(row["nodes"])]
+    stencils = (first, *[newest] * (order - 2)) if order > 1 else ()
+    kappa = float(row["kappa"]) if row["scale"] == "linear" else 0.0
+    return USF(order, row["form"], 1, stencils, row["scale"], kappa, row["corrector"])
+
+
+def features_of(plan_path: Any, rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """One row of numbers per step: log-SNR, time, order, kind, scaling, kappa, nodes, corrector."""
+    out = []
+    for row in rows:
+        t = min(max(float(row["t"]), 1e-3), 1.0 - 1e-3)
+        out.append(
+            [
+                float(plan_path.log_snr(t)),
+                t,
+                *(float(row["order"] == k) for k in ORDERS),
+                float(row["form"] == "epsilon"),
+                *(float(row["scale"] == k) for k in SCALES),
+                float(row["kappa"]) if row["scale"] == "linear" else 0.0,
+                float(row["nodes"]),
+                float(row["corrector"] == "pseudo"),
+            ]
+        )
+    return out
+
+
+def s3(
+    model: Denoiser,
+    budget: float | str | Budget,
+    *,
+    objective: Objective | None = None,
+    steps: int = 50,
+    guidance: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    evaluations: int = 120,
+    seconds: float | None = None,
+    journal: str | FilePath | None = None,
+    finalists: int = 6,
+    num: int | None = None,
+    predictor: bool = True,
+) -> PlanResult:
+    """As many full steps as the budget pays for, each with its own solver decisions.
+
+    objective: None for the error to a converged teacher's samples. predictor: screen candidates by a ranking network.
+    """
+    task = Task.begin("s3", model, budget, objective, steps, guidance, seed, progress, predictor=predictor)
+    effort = Effort(evaluations, seconds, journal, finalists, num)
+    judge = objective or SampleError(model, TeacherSettings(guidance=guidance), range(seed * 1000, seed * 1000 + 32))
+    count = task.most_steps()
+    base = task.uniform(count)
+
+    def decode(rows: list[dict[str, Any]]) -> Plan:
+        chosen = tuple(Step(row["t"], usf_of(row), guidance=task.cfg) for row in rows)
+        plan = Plan(chosen, model.path, base.end, made_for(model), provenance={"preset": "usf"})
+        plan.check(model)
+        return plan
+
+    grids = grids_of(task, count)
+    gene = Steps(GENES, count, count, base.times[0], base.end, grids=grids)
+    initial = [[{"t": t, **row} for t in grid] for grid in grids for row in NAMED.values()]
+
+    def screen(history: Sequence[Evaluated], rng: Random) -> Predict | None:
+        known = [e for e in history if e.value < float("inf")]
+        if len(known) < LEAST_KNOWN:
+            return None
+        rank = fit_ranker(
+            [features_of(model.path, e.candidate) for e in known], [e.value for e in known], rng.randrange(10**6)
+        )
+        return lambda rows: rank([features_of(model.path, rows)])[0]
+
+    rules = RULES
+    return search_plans(
+        task,
+        judge,
+        Genes(gene),
+        decode,
+        effort,
+        seed=seed,
+        initial=initial,
+        rules=rules,
+        screen=screen if predictor else None,
+    )
+
+
+def grids_of(task: Task, count: int) -> list[list[float]]:
+    """Starts of `count` steps: the path's default, and shifted towards noise and towards data."""
+    first = task.uniform(count)
+    start, end = first.times[0], first.end
+    shares = [(t - end) / (start - end) for t in first.times[:-1]]
+    return [
+        [end + (start - end) * shift * u / (1.0 + (shift - 1.0) * u) for u in shares] for shift in (1.0, 0.5, 2.0)
+    ]
