@@ -21,7 +21,7 @@ from pliant.planning.objective import Objective, Score
 from pliant.planning.openings import openings
 from pliant.planning.plan_space import CACHES, SOLVERS, Menu, PlanSpace
 from pliant.planning.racing import Effort, Recalled, cheaper, journal_of, search_plans
-from pliant.planning.relative import relative_objective
+from pliant.planning.relative import RelativeObjective
 from pliant.planning.result import PlanResult, Progress
 from pliant.planning.task import Task
 from pliant.plans import Budget, Plan
@@ -60,7 +60,7 @@ def auto(
     task = Task.begin("auto", model, budget, objective, steps, guidance, seed, progress)
     effort = Effort(evaluations, seconds, journal, finalists, num)
     task.settings.update(starts=[p.digest() for p in starts], planners=list(planners))
-    judge = objective or relative_objective(model, task.full())
+    judge = objective or RelativeObjective(model, task.full())
     diary = journal_of(task, effort, judge=judge.describe())
     try:
         begun = time.perf_counter()

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from pliant.compute import Compute
+from pliant.compute.sites import format_sites
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.planning.evolution import Genes, Rules, evolve
@@ -98,7 +99,7 @@ def autodiffusion(
 
     def decode(rows: list[dict[str, Any]]) -> Plan:
         made = [
-            Step(row["t"], chosen, Compute(sites=row["sites"] if "K" in row["sites"] else None), task.cfg)
+            Step(row["t"], chosen, Compute(sites=format_sites(row["sites"]) if "K" in row["sites"] else None), task.cfg)
             for row in rows
         ]
         plan = Plan(tuple(made), model.path, base.end, made_for(model), provenance={"preset": "autodiffusion"})

@@ -18,7 +18,7 @@ from pliant.planning.evolution import Genes, Rules
 from pliant.planning.genes import Integer, Listed, Record
 from pliant.planning.objective import Objective
 from pliant.planning.racing import Effort, search_plans
-from pliant.planning.relative import relative_objective
+from pliant.planning.relative import RelativeObjective
 from pliant.planning.result import PlanResult, Progress
 from pliant.planning.task import Task
 from pliant.plans import Budget, Plan, Step
@@ -108,14 +108,14 @@ def flexiffusion(
     """Segments within the budget.
 
     objective: None for the distance to the samples of full compute from the same seeds, in features without weights;
-    for a trained extractor's, give `relative_objective(model, full, extractor)`.
+    for a trained extractor's, give `RelativeObjective(model, full, extractor)`.
     """
     chosen = get_solver(solver)
     task = Task.begin(
         "flexiffusion", model, budget, objective, steps, guidance, seed, progress, solver=chosen.to_config()
     )
     effort = Effort(evaluations, seconds, journal, finalists, num)
-    judge = objective or relative_objective(model, task.full())
+    judge = objective or RelativeObjective(model, task.full())
     most = min(task.most_steps(chosen), steps)
     depth = model.shape().depth
     space = Segments(max(1, most // 3), most, max(1, (depth - 1) // 2), LONGEST)

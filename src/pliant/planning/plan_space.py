@@ -15,6 +15,7 @@ from pliant.compute import Compute
 from pliant.denoiser import Denoiser
 from pliant.errors import PliantError
 from pliant.guidance import Guidance, weak_scale
+from pliant.planning.journal import key_of
 from pliant.planning.task import Task
 from pliant.plans import Plan, Step
 from pliant.plans.cost import call_flops
@@ -87,6 +88,8 @@ class PlanSpace:
     def __init__(self, task: Task, menu: Menu, starts: Sequence[Any]) -> None:
         self.task, self.model, self.menu, self.starts = task, task.model, menu, list(starts)
         self._limit = task.limit
+        self._spent: dict[str, float] = {}
+        self._provenance: dict[str, dict[str, Any]] = {}
 
     # Candidates -------------------------------------------------------------------------------------------------
 
@@ -97,12 +100,16 @@ class PlanSpace:
             cache = {k: v for k, v in caching.items() if k != "measured"}
             plan = plan.with_steps(replace(s, compute=uncached(s.compute)) for s in plan.steps)
         data = plan.to_dict()
-        data.pop("provenance")
-        return {"plan": data, "cache": cache}
+        provenance = data.pop("provenance")
+        candidate = {"plan": data, "cache": cache}
+        if provenance:
+            self._provenance.setdefault(key_of(candidate), provenance)
+        return candidate
 
     def decode(self, candidate: dict[str, Any]) -> Plan:
         """Raises PliantError for what cannot run."""
-        plan = Plan.from_dict(candidate["plan"])
+        provenance = self._provenance.get(key_of(candidate), {"preset": "varied"})
+        plan = Plan.from_dict({**candidate["plan"], "provenance": provenance})
         if candidate["cache"] is None:
             plan.check(self.model)
             return plan
@@ -110,10 +117,13 @@ class PlanSpace:
 
     def spent(self, candidate: dict[str, Any]) -> float:
         """In the budget's unit; infinite if it cannot run."""
-        try:
-            return self.task.budget.spent(self.decode(candidate), self.model)
-        except PliantError:
-            return float("inf")
+        key = key_of(candidate)
+        if key not in self._spent:
+            try:
+                self._spent[key] = self.task.budget.spent(self.decode(candidate), self.model)
+            except PliantError:
+                self._spent[key] = float("inf")
+        return self._spent[key]
 
     # The space --------------------------------------------------------------------------------------------------
 
@@ -142,12 +152,11 @@ class PlanSpace:
     def repair(self, value: dict[str, Any], rng: Random) -> dict[str, Any] | None:
         """Cheaper, one change at a time, until the budget pays for it."""
         for _ in range(64):
-            try:
-                plan = self.decode(value)
-            except PliantError:
-                return None
-            if self.task.budget.spent(plan, self.model) <= self._limit:
+            spent = self.spent(value)
+            if spent <= self._limit:
                 return value
+            if spent == float("inf"):
+                return None
             plain = Plan.from_dict(value["plan"])
             steps = _cheaper(list(plain.steps), self.menu, self.model, rng)
             if steps is None:

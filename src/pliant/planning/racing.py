@@ -16,6 +16,7 @@ from pliant.planning.distribution import FrechetObjective
 from pliant.planning.evolution import Evolved, Rules, Screen, Space, evolve
 from pliant.planning.journal import Journal
 from pliant.planning.objective import Objective, Score
+from pliant.planning.relative import RelativeObjective
 from pliant.planning.result import Candidate, PlanResult, confirm
 from pliant.planning.task import Task
 from pliant.plans import Plan
@@ -59,6 +60,8 @@ def cheaper(objective: Objective, num: int | None = None) -> Objective:
     count = num or min(objective.num, -(-least // classes) * classes)
     if count >= objective.num:
         return objective
+    if isinstance(objective, RelativeObjective):
+        return objective.on_first(count)
     o = objective
     return FrechetObjective(o.model, o.reference, o.extractor, count, o.first_seed, o.batch, o.decode)
 

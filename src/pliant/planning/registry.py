@@ -6,14 +6,18 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from pliant.errors import PlanError, suggest
+from pliant.planning.auto import auto
+from pliant.planning.autodiffusion import autodiffusion
 from pliant.planning.boss import boss
 from pliant.planning.dc_solver import dc_solver
+from pliant.planning.flexiffusion import flexiffusion
 from pliant.planning.gits import gits
 from pliant.planning.joint import joint
 from pliant.planning.ld3 import ld3
 from pliant.planning.olss import olss
 from pliant.planning.oss import oss
 from pliant.planning.result import PlanResult
+from pliant.planning.s3 import s3
 from pliant.planning.spectral import spectral
 from pliant.planning.weak_split import weak_split
 
@@ -35,6 +39,10 @@ PLANNERS: dict[str, Planner] = {
     "olss": olss,
     "dc-solver": dc_solver,
     "ld3": ld3,
+    "s3": s3,
+    "autodiffusion": autodiffusion,
+    "flexiffusion": flexiffusion,
+    "auto": auto,
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pliant.denoiser import Denoiser
 from pliant.evaluation import FeatureExtractor, FeatureStatistics, Reference, extract, to_uint8
-from pliant.planning.distribution import FrechetObjective
+from pliant.planning.distribution import FRESH, FrechetObjective
 from pliant.planning.teacher import labels_of
 from pliant.plans import Plan, sample
 
@@ -48,16 +48,16 @@ class PooledFeatures:
 
 
 def teacher_reference(
-    model: Denoiser, plan: Plan, extractor: FeatureExtractor, num: int, batch: int = 256
+    model: Denoiser, plan: Plan, extractor: FeatureExtractor, num: int, first_seed: int = 0, batch: int = 256
 ) -> Reference:
-    """Feature statistics of `num` samples of a plan, seeds 0, 1, ..., classes in turn."""
-    labels = labels_of(model, range(num))
+    """Feature statistics of `num` samples of a plan, seeds first_seed, first_seed + 1, ..., classes in turn."""
+    every = range(first_seed, first_seed + num)
+    labels = labels_of(model, every)
     parts = []
     for start in range(0, num, batch):
-        seeds = range(start, min(num, start + batch))
-        images = sample(model, plan, labels[start : start + batch], seeds, batch)
+        images = sample(model, plan, labels[start : start + batch], every[start : start + batch], batch)
         parts.append(extract(extractor, [to_uint8(images.float().cpu())]))
-    name = f"{num} samples of plan {plan.digest()}"
+    name = f"plan {plan.digest()}, seeds {first_seed}..{first_seed + num - 1}"
     facts = {
         "extractor": extractor.name,
         "extractor_sha256": extractor.fingerprint,
@@ -69,12 +69,32 @@ def teacher_reference(
     return Reference(name, FeatureStatistics.of(features, facts), features)
 
 
-def relative_objective(
-    model: Denoiser, full: Plan, extractor: FeatureExtractor | None = None, num: int = 256, first_seed: int = 0
-) -> FrechetObjective:
+class RelativeObjective(FrechetObjective):
     """Fréchet distance to the samples of `full` from the same seeds (Flexiffusion's rFID, arXiv 2409.17566).
 
-    extractor: None for `PooledFeatures`, which needs no weights. The plan itself scores 0 at first_seed 0.
+    extractor: None for `PooledFeatures`, which needs no weights. `full` itself scores 0.
     """
-    extractor = extractor or PooledFeatures(model.config.in_channels)
-    return FrechetObjective(model, teacher_reference(model, full, extractor, num), extractor, num, first_seed)
+
+    def __init__(
+        self,
+        model: Denoiser,
+        full: Plan,
+        extractor: FeatureExtractor | None = None,
+        num: int = 256,
+        first_seed: int = 0,
+    ) -> None:
+        extractor = extractor or PooledFeatures(model.config.in_channels)
+        super().__init__(model, teacher_reference(model, full, extractor, num, first_seed), extractor, num, first_seed)
+        self.full = full
+
+    @property
+    def name(self) -> str:
+        return f"relative {super().name}"
+
+    def on_fresh_seeds(self, num: int | None = None, repeat: int = 0) -> RelativeObjective:
+        num = num or self.num
+        return RelativeObjective(self.model, self.full, self.extractor, num, FRESH + repeat * num)
+
+    def on_first(self, num: int) -> RelativeObjective:
+        """The same on the first `num` of these seeds."""
+        return RelativeObjective(self.model, self.full, self.extractor, num, self.first_seed)

@@ -61,6 +61,12 @@ NAMED: dict[str, dict[str, Any]] = {
 """Where the search starts, on the path's default times and on shifted ones."""
 
 
+def started(grid: Sequence[float], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A named solver on a grid, its order lowered towards the end as the named ones do."""
+    n = len(grid)
+    return [{"t": t, **row, "order": min(int(row["order"]), n - k)} for k, t in enumerate(grid)]
+
+
 def usf_of(row: dict[str, Any]) -> USF:
     """A step's solver. "linear" scaling with its kappa; the first derivative from `nodes` outputs, others from all."""
     order = int(row["order"])
@@ -125,7 +131,7 @@ def s3(
 
     grids = grids_of(task, count)
     gene = Steps(GENES, count, count, base.times[0], base.end, grids=grids)
-    initial = [[{"t": t, **row} for t in grid] for grid in grids for row in NAMED.values()]
+    initial = [started(grid, row) for grid in grids for row in NAMED.values()]
 
     def screen(history: Sequence[Evaluated], rng: Random) -> Predict | None:
         known = [e for e in history if e.value < float("inf")]

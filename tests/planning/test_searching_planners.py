@@ -1,0 +1,331 @@
+"""S3, AutoDiffusion, Flexiffusion and auto: what they may choose, what they keep to, and that they find the best."""
+
+import json
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+
+import pliant
+from pliant.compute import Compute
+from pliant.errors import PlanError
+from pliant.guidance import Guidance
+from pliant.planning import Score
+from pliant.planning.auto import auto
+from pliant.planning.autodiffusion import autodiffusion
+from pliant.planning.flexiffusion import Segments, flexiffusion, segment_plan
+from pliant.planning.openings import openings
+from pliant.planning.plan_space import Menu, PlanSpace
+from pliant.planning.predictor import fit_ranker
+from pliant.planning.racing import cheaper
+from pliant.planning.relative import PooledFeatures, RelativeObjective
+from pliant.planning.s3 import NAMED, features_of, s3, usf_of
+from pliant.planning.task import Task
+from pliant.plans import Plan, sample
+from pliant.solvers import compile_program, normal_form
+
+MODEL = pliant.load("digits")
+FEW = {"solvers": ["dpmpp-2m", "unipc-3"], "caches": False}
+FULL = Plan.uniform(MODEL, 50, guidance=1.5).cost(MODEL).flops
+
+
+class Judge:
+    """A stand-in for a measure: any function of a plan, counted."""
+
+    name = "made up"
+
+    def __init__(self, value):
+        self.value, self.asked = value, []
+
+    def describe(self):
+        return {"objective": self.name}
+
+    def __call__(self, plan):
+        self.asked.append(plan)
+        value = float(self.value(plan))
+        return Score(value, value, value, 1)
+
+
+def share(plan: Plan) -> float:
+    return plan.cost(MODEL).flops / FULL
+
+
+def weak(step) -> bool:
+    return step.compute.patch == (2, 2)
+
+
+def wants_weak_first(plan: Plan) -> float:
+    """Least for seven steps, the first three weak, unguided before t = 0.6 and guided after, of order three."""
+    n = len(plan.steps)
+    wrong = sum(weak(s) != (k < 3) for k, s in enumerate(plan.steps))
+    unguided = sum((s.guidance is None) != (s.t > 0.6) for s in plan.steps)
+    solver = sum(s.solver.name != "dpmpp-3m" for s in plan.steps)
+    return abs(n - 7) + wrong + unguided + 0.5 * solver / n
+
+
+# auto -----------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_finds_a_planted_plan_that_no_single_technique_has():
+    judge = Judge(wants_weak_first)
+    found = auto(MODEL, "10%", objective=judge, guidance=1.5, evaluations=300, seed=0)
+    task = Task.begin("auto", MODEL, "10%", judge, 50, 1.5, 0, None)
+    singles = min(wants_weak_first(p) for p in openings(task, Menu.of(MODEL, Guidance.cfg(1.5))))
+    assert singles > 2.0
+    assert found.quality.value <= 1.5
+    assert all(share(p) <= 0.1 + 1e-3 for p in judge.asked), "every plan that was measured keeps to the budget"
+    assert found.planner == "auto" and found.plan.provenance["planner"] == "auto"
+    assert found.settings["search"]["measured"] == 300
+    flops = [c.cost.flops for c in found.frontier]
+    assert flops == sorted(flops)
+
+
+def test_auto_is_never_worse_than_what_it_starts_from():
+    """A plan that no change improves, in a landscape that is flat elsewhere."""
+    winner = Plan.uniform(MODEL, 4, "unipc-3", guidance=1.5)
+    judge = Judge(lambda plan: 0.0 if plan.digest() == winner.digest() else 1.0)
+    found = auto(MODEL, "10%", objective=judge, guidance=1.5, evaluations=20, starts=[winner], **FEW)
+    assert found.plan.digest() == winner.digest() and found.quality.value == 0.0
+    # One that costs more than the budget is not taken.
+    dear = Plan.uniform(MODEL, 40, guidance=1.5)
+    judge = Judge(lambda plan: -len(plan.steps))
+    found = auto(MODEL, "10%", objective=judge, guidance=1.5, evaluations=20, starts=[dear], **FEW)
+    assert share(found.plan) <= 0.1 + 1e-3
+
+
+def test_auto_repeats_itself_and_resumes(tmp_path):
+    options = {"guidance": 1.5, "evaluations": 60, "seed": 2, **FEW}
+    whole = auto(MODEL, "10%", objective=Judge(wants_weak_first), **options)
+    again = auto(MODEL, "10%", objective=Judge(wants_weak_first), **options)
+    assert again.plan.digest() == whole.plan.digest()
+    file = tmp_path / "auto.jsonl"
+
+    class Killed(BaseException):
+        pass
+
+    def dies(plan):
+        if len(broken.asked) > 47:
+            raise Killed
+        return wants_weak_first(plan)
+
+    broken = Judge(dies)
+    with pytest.raises(Killed):
+        auto(MODEL, "10%", objective=broken, journal=file, **options)
+    rest = Judge(wants_weak_first)
+    resumed = auto(MODEL, "10%", objective=rest, journal=file, **options)
+    assert resumed.plan.to_dict()["steps"] == whole.plan.to_dict()["steps"]
+    assert resumed.quality == whole.quality
+    assert len(rest.asked) < 25
+    done = Judge(wants_weak_first)
+    assert auto(MODEL, "10%", objective=done, journal=file, **options).plan.digest() == whole.plan.digest()
+    assert not done.asked, "a finished search is only read"
+    with pytest.raises(PlanError, match="another search"):
+        auto(MODEL, "20%", objective=Judge(wants_weak_first), journal=file, **options)
+
+
+def test_auto_runs_other_planners_first():
+    judge = Judge(lambda plan: 0.0 if plan.provenance.get("preset") == "weak-to-powerful" else 1.0)
+    found = auto(MODEL, "10%", objective=judge, guidance=1.5, evaluations=20, planners=["weak-split"], **FEW)
+    assert found.plan.provenance["preset"] == "weak-to-powerful"
+    with pytest.raises(PlanError, match="did you mean 'weak-split'"):
+        auto(MODEL, "10%", objective=judge, guidance=1.5, evaluations=20, planners=["weak-splits"], **FEW)
+
+
+def test_auto_with_too_little_says_what_the_least_is():
+    with pytest.raises(PlanError, match=r"below the cheapest plan of planner 'auto', which costs 0\.2% of full"):
+        auto(MODEL, "0.01%", objective=Judge(len), guidance=1.5, **FEW)
+    with pytest.raises(PlanError, match="at least 1 evaluation"):
+        auto(MODEL, "10%", objective=Judge(len), evaluations=0)
+
+
+def test_openings_spend_the_budget_in_many_ways():
+    task = Task.begin("auto", MODEL, "10%", None, 50, 1.5, 0, None)
+    plans = openings(task, Menu.of(MODEL, Guidance.cfg(1.5)))
+    spent = [share(p) for p in plans]
+    assert len({p.digest() for p in plans}) == len(plans) > 30
+    assert max(spent) <= 0.1 + 1e-3 and sorted(spent)[len(spent) // 2] > 0.08
+    assert any("caching" in p.provenance for p in plans)
+    assert any(all(map(weak, p.steps)) for p in plans)
+    assert any(s.guidance is not None and s.guidance.against == "weak" for p in plans for s in p.steps)
+
+
+def test_variations_always_run_and_keep_to_the_budget():
+    task = Task.begin("auto", MODEL, "10%", None, 50, 1.5, 0, None)
+    menu = Menu.of(MODEL, task.cfg)
+    space = PlanSpace(task, menu, [])
+    space.starts = [space.encode(p) for p in openings(task, menu)]
+    rng = random.Random(0)
+    values = space.starts[:4]
+    seen = set()
+    dropped = 0
+    for k in range(60):
+        if k % 3 == 0:
+            value = space.sample(rng)
+        else:
+            value = space.mutate(rng.choice(values), rng) if k % 3 == 1 else space.cross(*values[:2], rng)
+        value = space.repair(value, rng)
+        if value is None:
+            dropped += 1
+            continue
+        assert json.loads(json.dumps(value)) == value
+        plan = space.decode(value)
+        assert task.fits(plan)
+        times = plan.times
+        assert all(a > b for a, b in pairwise(times)) and times[0] == 1.0
+        seen.add(plan.digest())
+        values = [value, *values[:5]]
+    assert len(seen) > 40 and dropped < 10
+
+
+def test_a_cached_plan_is_a_plan_and_a_preset():
+    task = Task.begin("auto", MODEL, "50%", None, 50, 1.5, 0, None)
+    space = PlanSpace(task, Menu.of(MODEL, task.cfg), [])
+    cached = Plan.uniform(MODEL, 12, guidance=1.5).cached(MODEL, "fora", interval=3)
+    value = space.encode(cached)
+    assert value["cache"] == {"name": "fora", "interval": 3}
+    assert all(s.compute == Compute() for s in Plan.from_dict(value["plan"]).steps)
+    assert space.decode(value).digest() == cached.digest()
+
+
+# S3 -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp-2m", "dpm-2m", "dpmpp-3m", "deis-3"])
+def test_schedules_of_named_solvers_are_those_solvers(name):
+    from pliant.solvers import get_solver
+
+    times = Plan.uniform(MODEL, 6).times
+    known = {"name": "dpm-3m" if name == "deis-3" else name}
+    if name != "ddim":  # the named ones lower their order at the end
+        known["lower_order_final"] = False
+    a, b = (
+        normal_form(compile_program(MODEL.path, times, [s] * 6, "velocity", False, []))
+        for s in (usf_of(NAMED[name]), get_solver(known))
+    )
+    torch.testing.assert_close(a.rows(), b.rows(), rtol=1e-9, atol=1e-10)
+
+
+def test_s3_improves_on_its_named_solvers():
+    """By the error to the teacher, 40 evaluations of 5 steps (24 of them the named schedules)."""
+    from pliant.planning import SampleError, TeacherSettings
+
+    objective = SampleError(MODEL, TeacherSettings(40), range(8))
+    found = s3(MODEL, "10%", objective=objective, evaluations=40, finalists=1, seed=0)
+    solvers = ("ddim", "dpmpp-2m", "unipc-3", "dpmpp-3m", "deis-3")
+    named = [objective(Plan.uniform(MODEL, 5, solver)).value for solver in solvers]
+    assert len(found.plan.steps) == 5 and share(found.plan) <= 0.1
+    assert found.quality.value < 0.9 * min(named)
+
+
+def test_the_predictor_ranks_schedules_it_has_not_seen():
+    rng = random.Random(0)
+
+    def schedule():
+        return [{"t": t, "order": rng.randint(1, 4), "form": rng.choice(["sample", "epsilon"]), "nodes": 1,
+                 "scale": "none", "kappa": 0.0, "corrector": rng.choice(["none", "pseudo"])}
+                for t in sorted((rng.random() for _ in range(6)), reverse=True)]  # fmt: skip
+
+    def worth(rows):
+        return sum((r["form"] == "epsilon") + 0.3 * r["order"] - (r["corrector"] == "pseudo") for r in rows)
+
+    known, new = [schedule() for _ in range(80)], [schedule() for _ in range(60)]
+    encode = lambda rows: features_of(MODEL.path, rows)  # noqa: E731
+    predict = fit_ranker([encode(k) for k in known], [worth(k) for k in known], seed=0)
+    order = torch.tensor(predict([encode(k) for k in new])).argsort().argsort().double()
+    truth = torch.tensor([worth(k) for k in new]).argsort().argsort().double()
+    spearman = float(torch.corrcoef(torch.stack([order, truth]))[0, 1])
+    assert spearman > 0.8
+    again = fit_ranker([encode(k) for k in known], [worth(k) for k in known], seed=0)
+    assert again([encode(new[0])]) == predict([encode(new[0])])
+
+
+# AutoDiffusion --------------------------------------------------------------------------------------------------------
+
+
+def test_autodiffusion_trades_layers_for_steps_within_the_budget():
+    """A measure that wants many steps, and the last ones whole."""
+
+    def value(plan):
+        skipped = [0 if s.compute.sites is None else s.compute.sites.count("K") > 0 for s in plan.steps]
+        return -len(plan.steps) + 5 * sum(skipped[-2:])
+
+    judge = Judge(value)
+    found = autodiffusion(MODEL, "10%", objective=judge, guidance=1.5, evaluations=120, most_skipped=0.4, seed=1)
+    assert all(share(p) <= 0.1 + 1e-3 for p in judge.asked)
+    assert len(found.plan.steps) == 6, "five full steps fit; six and more only with skipped layers"
+    assert [s.compute.sites for s in found.plan.steps[-2:]] == [None, None]
+    whole = autodiffusion(MODEL, "10%", objective=Judge(value), guidance=1.5, evaluations=20, most_skipped=0.0)
+    assert len(whole.plan.steps) == 5 and all(s.compute == Compute() for s in whole.plan.steps)
+    with pytest.raises(PlanError, match="most_skipped"):
+        autodiffusion(MODEL, "10%", most_skipped=1.5)
+
+
+# Flexiffusion ---------------------------------------------------------------------------------------------------------
+
+
+def test_segments_of_one_step_are_the_fine_grid_and_costs_add_up():
+    task = Task.begin("flexiffusion", MODEL, "100%", None, 12, 1.5, 0, None)
+    whole = segment_plan(task, {"segments": 12, "branch": [1] * 12, "partial": [3] * 12})
+    assert whole.digest() == task.full().digest(), "no room for partial steps: the fine sampler itself"
+    value = {"segments": 3, "branch": [1, 2, 1], "partial": [2, 0, 3]}
+    plan = segment_plan(task, value)
+    assert len(plan.steps) == 3 + 2 + 0 + 3
+    full, partial = [2 * MODEL.flops(Compute())], []
+    for s, flops in zip(plan.steps, plan.cost(MODEL).step_flops, strict=True):
+        (partial if s.compute.sites else full).append(flops)
+    assert len(set(full)) == 1 and len(partial) == 5 and len(set(partial)) == 1 and partial[0] < 0.7 * full[0]
+    # A change of one segment changes that segment's steps only.
+    other = segment_plan(task, {**value, "partial": [2, 3, 3]})
+    outside = [s for s in plan.steps if not 1 / 3 + 1e-9 < s.t <= 2 / 3 + 1e-9]
+    assert outside == [s for s in other.steps if not 1 / 3 + 1e-9 < s.t <= 2 / 3 + 1e-9]
+    assert len(other.steps) == len(plan.steps) + 3
+
+
+def test_segments_cross_one_by_one():
+    space = Segments(2, 5, 2, 4)
+    a, b = ({"segments": n, "branch": [n] * 5, "partial": [n] * 5} for n in (1, 2))
+    child = space.cross(a, b, random.Random(0))
+    assert child["branch"] == child["partial"] and set(child["branch"]) == {1, 2}
+
+
+def test_flexiffusion_by_its_relative_measure():
+    full = Plan.uniform(MODEL, 12)
+    objective = RelativeObjective(MODEL, full, num=30)
+    assert objective(full).value < 1e-4, "the teacher is at no distance from itself"
+    found = flexiffusion(MODEL, "50%", objective=objective, steps=12, evaluations=8, finalists=1, seed=0)
+    assert share(found.plan) * FULL <= 0.5 * full.cost(MODEL).flops * 1.001
+    rough = objective(Plan.uniform(MODEL, 2)).value
+    assert found.plan.provenance["planner"] == "flexiffusion" and found.quality.value < rough
+
+
+def test_relative_distance_ranks_as_the_paired_error_does():
+    from pliant.planning import SampleError, TeacherSettings
+
+    rows = ((2, "ddim"), (3, "ddim"), (6, "ddim"), (4, "dpmpp-2m"), (8, "dpmpp-2m"))
+    plans = [Plan.uniform(MODEL, n, solver) for n, solver in rows]
+    relative = RelativeObjective(MODEL, Plan.uniform(MODEL, 20), num=30)
+    paired = SampleError(MODEL, TeacherSettings(20), range(8))
+    ranks = [torch.tensor([f(p).value for p in plans]).argsort().argsort().double() for f in (relative, paired)]
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) >= 0.7
+
+
+def test_pooled_features_see_sharpness_and_layout():
+    features = PooledFeatures(3)
+    x = torch.rand(4, 3, 16, 16) * 2 - 1
+    assert features(x).shape == (4, features.dim)
+    smooth = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+    assert bool((features(smooth)[:, -1] < features(x)[:, -1]).all()), "less power in the highest ring"
+    latents = PooledFeatures(5)(torch.randn(2, 5, 4, 6))
+    assert latents.shape == (2, 5 * 22) and bool(latents.isfinite().all())
+
+
+def test_the_cheap_measure_uses_the_first_of_the_same_samples():
+    objective = RelativeObjective(MODEL, Plan.uniform(MODEL, 1, compute=Compute.of(2)), num=200)
+    cheap = cheaper(objective)
+    assert cheap.num == 50 and list(cheap.seeds) == list(objective.seeds)[:50] and cheap.name == objective.name
+    assert cheap(objective.full).value < 1e-4
+    judge = Judge(len)
+    assert cheaper(judge) is judge
+    images = sample(MODEL, Plan.uniform(MODEL, 1), [0, 1], [0, 1])
+    assert images.shape == (2, 1, 8, 8)
