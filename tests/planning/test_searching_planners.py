@@ -20,10 +20,10 @@ from pliant.planning.plan_space import Menu, PlanSpace
 from pliant.planning.predictor import fit_ranker
 from pliant.planning.racing import cheaper
 from pliant.planning.relative import PooledFeatures, RelativeObjective
-from pliant.planning.s3 import NAMED, features_of, s3, usf_of
+from pliant.planning.s3 import NAMED, features_of, s3, schedule
 from pliant.planning.task import Task
 from pliant.plans import Plan, sample
-from pliant.solvers import compile_program, normal_form
+from pliant.solvers import compile_program, get_solver, normal_form
 
 MODEL = pliant.load("digits")
 FEW = {"solvers": ["dpmpp-2m", "unipc-3"], "caches": False}
@@ -193,17 +193,13 @@ def test_a_cached_plan_is_a_plan_and_a_preset():
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp-2m", "dpm-2m", "dpmpp-3m", "deis-3"])
 def test_schedules_of_named_solvers_are_those_solvers(name):
-    from pliant.solvers import get_solver
-
     times = Plan.uniform(MODEL, 6).times
     known = {"name": "dpm-3m" if name == "deis-3" else name}
     if name != "ddim":  # the named ones lower their order at the end
         known["lower_order_final"] = False
-    a, b = (
-        normal_form(compile_program(MODEL.path, times, [s] * 6, "velocity", False, []))
-        for s in (usf_of(NAMED[name]), get_solver(known))
-    )
-    torch.testing.assert_close(a.rows(), b.rows(), rtol=1e-9, atol=1e-10)
+    schedules = (schedule(MODEL.path, [{"t": t, **NAMED[name]} for t in times[:-1]]), [get_solver(known)] * 6)
+    a, b = (normal_form(compile_program(MODEL.path, times, s, "velocity", False, [])).rows() for s in schedules)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 def test_s3_improves_on_its_named_solvers():
@@ -221,7 +217,7 @@ def test_s3_improves_on_its_named_solvers():
 def test_the_predictor_ranks_schedules_it_has_not_seen():
     rng = random.Random(0)
 
-    def schedule():
+    def drawn():
         return [{"t": t, "order": rng.randint(1, 4), "form": rng.choice(["sample", "epsilon"]), "nodes": 1,
                  "scale": "none", "kappa": 0.0, "corrector": rng.choice(["none", "pseudo"])}
                 for t in sorted((rng.random() for _ in range(6)), reverse=True)]  # fmt: skip
@@ -229,7 +225,7 @@ def test_the_predictor_ranks_schedules_it_has_not_seen():
     def worth(rows):
         return sum((r["form"] == "epsilon") + 0.3 * r["order"] - (r["corrector"] == "pseudo") for r in rows)
 
-    known, new = [schedule() for _ in range(80)], [schedule() for _ in range(60)]
+    known, new = [drawn() for _ in range(80)], [drawn() for _ in range(60)]
     encode = lambda rows: features_of(MODEL.path, rows)  # noqa: E731
     predict = fit_ranker([encode(k) for k in known], [worth(k) for k in known], seed=0)
     order = torch.tensor(predict([encode(k) for k in new])).argsort().argsort().double()

@@ -6,6 +6,7 @@ reads, because the preset is applied afterwards.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -99,7 +100,7 @@ class PlanSpace:
         if cache is None and isinstance(caching, dict):
             cache = {k: v for k, v in caching.items() if k != "measured"}
             plan = plan.with_steps(replace(s, compute=uncached(s.compute)) for s in plan.steps)
-        data = plan.to_dict()
+        data = json.loads(json.dumps(plan.to_dict()))  # tuples become lists, as in a journal
         provenance = data.pop("provenance")
         candidate = {"plan": data, "cache": cache}
         if provenance:

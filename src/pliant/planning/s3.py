@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from pliant.denoiser import Denoiser
+from pliant.paths import Path
 from pliant.planning.evolution import Evaluated, Genes, Predict, Rules
 from pliant.planning.genes import Categorical, Real, Record, Steps
 from pliant.planning.objective import Objective
@@ -67,9 +68,12 @@ def started(grid: Sequence[float], row: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"t": t, **row, "order": min(int(row["order"]), n - k)} for k, t in enumerate(grid)]
 
 
-def usf_of(row: dict[str, Any]) -> USF:
-    """A step's solver. "linear" scaling with its kappa; the first derivative from `nodes` outputs, others from all."""
-    order = int(row["order"])
+def usf_of(row: dict[str, Any], known: int = 4) -> USF:
+    """A step's solver. "linear" scaling with its kappa; the first derivative from `nodes` outputs, others from all.
+
+    known: outputs that can be interpolated at this step, its own included; the order is cut to it.
+    """
+    order = min(int(row["order"]), max(1, known))
     newest = tuple(range(1, order))
     first = newest[: int(row["nodes"])]
     stencils = (first, *[newest] * (order - 2)) if order > 1 else ()
@@ -77,14 +81,20 @@ def usf_of(row: dict[str, Any]) -> USF:
     return USF(order, row["form"], 1, stencils, row["scale"], kappa, row["corrector"])
 
 
-def features_of(plan_path: Any, rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+def schedule(path: Path, rows: Sequence[dict[str, Any]]) -> list[USF]:
+    """The solvers of all steps. Where there is no signal at the start, its output has no log-SNR and is left out."""
+    blind = int(float(path.alpha_sigma(rows[0]["t"]).alpha) == 0.0)
+    return [usf_of(row, k + 1 - blind if k else 1) for k, row in enumerate(rows)]
+
+
+def features_of(path: Path, rows: Sequence[dict[str, Any]]) -> list[list[float]]:
     """One row of numbers per step: log-SNR, time, order, kind, scaling, kappa, nodes, corrector."""
     out = []
     for row in rows:
         t = min(max(float(row["t"]), 1e-3), 1.0 - 1e-3)
         out.append(
             [
-                float(plan_path.log_snr(t)),
+                float(path.log_snr(t)),
                 t,
                 *(float(row["order"] == k) for k in ORDERS),
                 float(row["form"] == "epsilon"),
@@ -124,7 +134,8 @@ def s3(
     base = task.uniform(count)
 
     def decode(rows: list[dict[str, Any]]) -> Plan:
-        chosen = tuple(Step(row["t"], usf_of(row), guidance=task.cfg) for row in rows)
+        solvers = schedule(model.path, rows)
+        chosen = tuple(Step(r["t"], s, guidance=task.cfg) for r, s in zip(rows, solvers, strict=True))
         plan = Plan(chosen, model.path, base.end, made_for(model), provenance={"preset": "usf"})
         plan.check(model)
         return plan
