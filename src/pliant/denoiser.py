@@ -103,6 +103,8 @@ class Denoiser:
     """Of states, where it is not the config's `input_size`: see `at_size`."""
     extrapolation: str = "none"
     """How the network meets positions outside the range that it was trained on: see `at_size`."""
+    refiner: Denoiser | None = None
+    """A small network of twice the channels that corrects an old velocity (FlowTurbo); plans say when it is asked."""
     guide: Denoiser | None = None
     """A worse model of the same data, for guidance against it (autoguidance); see `autoguided`."""
     own_plan: dict[str, Any] | None = None
@@ -133,6 +135,8 @@ class Denoiser:
         that the network does not have.
         """
         compute = compute or Compute()
+        if compute.refine:
+            raise ConfigError("a refiner corrects what a run remembers: sample with a plan instead of calling it")
         if compute.scale is not None:
             self.refuse_jump("a scale")
             return self.low_band(compute)(x, t, cond, replace(compute, scale=None))
@@ -527,8 +531,9 @@ class Denoiser:
     def to(self, device: str | torch.device) -> Denoiser:
         """Moves the network in place and returns self, as modules do."""
         self.network.to(device)
-        if self.guide is not None:
-            self.guide.to(device)
+        for other in (self.guide, self.refiner):
+            if other is not None:
+                other.to(device)
         return self
 
     def through(self, forward: Callable[..., Tensor]) -> Denoiser:

@@ -60,13 +60,13 @@ def gaussian_map(std: float = 0.5) -> Stub:
     return Stub(value)
 
 
-def mixture_velocity(x: Tensor, t: Tensor) -> Tensor:
-    """Of .5 N(-1, .04) + .5 N(1, .04) in every coordinate (sheet H, 8): E[x1 - x0 | x]."""
+def mixture_velocity(x: Tensor, t: Tensor, centre: float = 1.0, std: float = 0.2) -> Tensor:
+    """Of .5 N(-centre, std^2) + .5 N(centre, std^2) in every coordinate (sheet H, 8): E[x1 - x0 | x]."""
     a, b = like(1 - t, x), like(t, x)
-    var = a**2 * 0.04 + b**2
-    score = torch.tanh(a * x / var)  # posterior mean of the component's centre
-    x0 = score + 0.04 * a / var * (x - a * score)
-    noise = b / var * (x - a * score)
+    var = a**2 * std**2 + b**2
+    mean = centre * torch.tanh(a * centre * x / var)  # posterior mean of the component's centre
+    x0 = mean + std**2 * a / var * (x - a * mean)
+    noise = b / var * (x - a * mean)
     return noise - x0
 
 

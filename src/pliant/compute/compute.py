@@ -46,6 +46,8 @@ class Compute:
     """Fewer tokens; None: all of them."""
     write: tuple[str, ...] = ()
     """What this call leaves in the cache: "branch", "increment", "span(4,20)", "out", "drift", "state", "kv"."""
+    refine: bool = False
+    """Do not call the network: let the model's refiner correct the last velocity (FlowTurbo)."""
     gate: Gate | None = None
     """Decide while sampling whether the call may be cheaper. `sites` and `write` are those of a miss."""
 
@@ -73,6 +75,9 @@ class Compute:
         object.__setattr__(self, "write", tuple(sorted(set(self.write), key=_write_key)))
         if self.sites is not None:  # one spelling of each list
             object.__setattr__(self, "sites", format_sites(parse_sites(self.sites)))
+        own = (self.patch, self.scale, self.exit, self.sites, self.tokens, self.gate, self.write or None)
+        if self.refine and any(value is not None for value in own):
+            raise ConfigError("a compute that asks the refiner says nothing of the network's patch, sites or tokens")
         self._check_reuse()
 
     def _check_reuse(self) -> None:
@@ -153,6 +158,8 @@ class Compute:
             values["tokens"] = tokens_to_dict(self.tokens)
         if self.write:
             values["write"] = list(self.write)
+        if self.refine:
+            values["refine"] = True
         if self.gate is not None:
             values["gate"] = self.gate.to_dict()
         return values
@@ -184,6 +191,8 @@ class Compute:
 
     def describe(self) -> str:
         """Short text for tables, e.g. `patch 4x4, bf16`."""
+        if self.refine:
+            return "refiner" if self.precision is None else f"refiner, {self.precision}"
         words = ["own patch" if self.patch is None else "patch " + "x".join(map(str, self.patch))]
         if not self.merged:
             words.append("unmerged")

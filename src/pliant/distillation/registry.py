@@ -59,6 +59,10 @@ _ENTRIES = (
         "Rectified Diffusion, arXiv 2410.07303",
     ),
     Entry(
+        "flowturbo", "flowturbo", "FlowTurbo", "a small network updates the last velocity in the last steps",
+        "FlowTurbo, arXiv 2409.18128",
+    ),
+    Entry(
         "get", "get", "GET", "one call of a weight-tied transformer that iterates to a fixed point",
         "GET, NeurIPS 2023",
     ),

@@ -34,6 +34,8 @@ FORMAT, VERSION = "pliant", 1
 MODEL_FILE, ADAPTER_FILE, CONFIG_FILE = "model.safetensors", "adapter.safetensors", "config.json"
 PLAN_FILE = "plan.json"
 """Of a few-step model: the plan it was made for."""
+REFINER = "refiner"
+"""Folder, itself a model's, of the network that corrects velocities."""
 
 
 def model_config(denoiser: Denoiser) -> dict[str, Any]:
@@ -43,7 +45,12 @@ def model_config(denoiser: Denoiser) -> dict[str, Any]:
 
 def save(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None = None) -> None:
     """Write a model folder atomically. `dtype` converts floating tensors (e.g. torch.bfloat16 to halve the size)."""
-    _write(folder, model_config(denoiser), MODEL_FILE, denoiser.network.state_dict(), dtype, denoiser.own_plan)
+    with replaced_folder(folder) as temporary:
+        _fill(temporary, model_config(denoiser), MODEL_FILE, denoiser.network.state_dict(), dtype)
+        if denoiser.own_plan is not None:
+            write_json(temporary / PLAN_FILE, denoiser.own_plan)
+        if denoiser.refiner is not None:
+            save(denoiser.refiner, temporary / REFINER, dtype)
 
 
 def save_adapter(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype | None = None) -> None:
@@ -52,23 +59,17 @@ def save_adapter(denoiser: Denoiser, folder: str | FilePath, dtype: torch.dtype 
         raise FormatError(
             "this model is not flexible and has no exits, so it has no adapter; see pliant.flexify, attach_exits"
         )
-    _write(folder, model_config(denoiser), ADAPTER_FILE, denoiser.network.adapter_state_dict(), dtype)
-
-
-def _write(
-    folder: str | FilePath,
-    config: dict[str, Any],
-    name: str,
-    state: dict[str, Tensor],
-    dtype: torch.dtype | None,
-    plan: dict[str, Any] | None = None,
-) -> None:
-    tensors = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
     with replaced_folder(folder) as temporary:
-        save_file(tensors, temporary / name, metadata={"format": "pt"})
-        write_json(temporary / CONFIG_FILE, config)
-        if plan is not None:
-            write_json(temporary / PLAN_FILE, plan)
+        _fill(temporary, model_config(denoiser), ADAPTER_FILE, denoiser.network.adapter_state_dict(), dtype)
+
+
+def _fill(
+    folder: FilePath, config: dict[str, Any], name: str, state: dict[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    """Write tensors and config into a folder that nobody sees yet."""
+    tensors = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    write_json(folder / CONFIG_FILE, config)
 
 
 def read_tensors(file: FilePath) -> dict[str, Tensor]:
@@ -200,7 +201,8 @@ def count_parameters(file: FilePath) -> int:
 def load(folder: str | FilePath) -> Denoiser:
     """Read a model folder; weights come back in fp32 and the network in eval mode."""
     folder = FilePath(folder)
-    return replace(_load(folder), own_plan=read_plan(folder))
+    refiner = load(folder / REFINER) if (folder / REFINER).is_dir() else None
+    return replace(_load(folder), own_plan=read_plan(folder), refiner=refiner)
 
 
 def read_plan(folder: FilePath) -> dict[str, Any] | None:

@@ -179,7 +179,7 @@ def load_adapter(denoiser: Denoiser, source: str | Path, *, revision: str | None
     return native.load_adapter(denoiser, locate(source, revision))
 
 
-_OURS = (native.CONFIG_FILE, native.MODEL_FILE, native.ADAPTER_FILE, native.PLAN_FILE, "scheduler")
+_OURS = (native.CONFIG_FILE, native.MODEL_FILE, native.ADAPTER_FILE, native.PLAN_FILE, native.REFINER, "scheduler")
 
 
 def _check_folder(folder: Path, format: str) -> None:

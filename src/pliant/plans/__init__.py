@@ -6,7 +6,7 @@ from pliant.plans.cost import PlanCost, RunCost
 from pliant.plans.gradients import Gradients, differentiable_sample, sample_with_gradients
 from pliant.plans.mcmc import DenoisingMCMC, geometric_levels
 from pliant.plans.plan import Plan, Step
-from pliant.plans.presets import uniform, weak_to_powerful, weakest
+from pliant.plans.presets import turbo, uniform, weak_to_powerful, weakest
 from pliant.plans.sampling import Sampler, sample, sample_steps
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "sample_together",
     "sample_with_gradients",
     "steps_together",
+    "turbo",
     "uniform",
     "weak_to_powerful",
     "weakest",

@@ -27,7 +27,11 @@ class Call(NamedTuple):
     streams: Streams
 
     def model(self, model: Denoiser) -> Denoiser:
-        """The denoiser that answers. Raises PlanError if it is a guide and there is none."""
+        """The denoiser that answers. Raises PlanError if it is a guide or a refiner and there is none."""
+        if self.compute.refine:
+            if model.refiner is None:
+                raise PlanError("this model has no refiner; see pliant distill flowturbo")
+            return model.refiner
         if self.streams != ("guide",):
             return model
         if model.guide is None:

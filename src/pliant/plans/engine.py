@@ -49,10 +49,15 @@ Networks: TypeAlias = dict[NetworkKey, Backbone | None]
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The plain networks of one model and of its guide: what several samplers of that model may share."""
+    """The plain networks of one model, its guide and its refiner: what several samplers of that model may share."""
 
     own: Networks = field(default_factory=dict)
     guide: Networks = field(default_factory=dict)
+    refiner: Networks = field(default_factory=dict)
+
+    def of(self, compute: Compute, streams: Streams) -> Networks:
+        """The networks among which a call's is."""
+        return self.refiner if compute.refine else self.guide if streams == ("guide",) else self.own
 
 
 class Lowered:

@@ -17,6 +17,7 @@ from pliant.paths import AlphaSigma
 from pliant.plans.calls import Call, cache_depth, calls_of
 from pliant.plans.engine import Answer, BoundCalls, Lowered, NetworkCall, packed_pair, share_tables
 from pliant.plans.plan import Plan
+from pliant.plans.refining import LastVelocity
 from pliant.plans.regions import RegionKeeper
 from pliant.solvers import Eval, Node, Output, Program
 from pliant.solvers.interpreter import sample_coefficients
@@ -39,6 +40,7 @@ class Evaluator:
         self.stored = program.stored
         self.cache = Cache(cache_depth(plan))
         self.memory = Memory()
+        self.velocity = LastVelocity() if any(step.compute.refine for step in plan.steps) else None
         self.regions = RegionKeeper(self.cache.regions, plan, program, model)
         self.origin = origin
         guidances = [s.guidance for s in plan.steps if s.guidance is not None]
@@ -72,7 +74,7 @@ class Evaluator:
         """The network calls of an evaluation at states x (B, C, H, W); none in a still step."""
         moment = Moment(evaluation.out, evaluation.node.t, evaluation.node.log_snr)
         return [
-            NetworkCall(self.bound[call], self.position[evaluation.out, call], _rows(x, call), moment)
+            NetworkCall(self.bound[call], self.position[evaluation.out, call], self._rows(x, call, evaluation), moment)
             for call in self.calls[evaluation.step]
         ]
 
@@ -81,10 +83,32 @@ class Evaluator:
         calls = self.calls[evaluation.step]
         if not calls:  # a still step: no velocity
             return Output(torch.zeros_like(x))
+        if self.velocity is not None:
+            return self._refined(self.velocity, x, calls, answers, evaluation)
         if not self.regions.subsets:
             return self._guided(x, calls, answers, evaluation)
         answers = self.regions.answers(calls, answers, evaluation)
         return self.regions.finish(self._guided(x, calls, answers, evaluation), evaluation)
+
+    def _rows(self, x: Tensor, call: Call, evaluation: Eval) -> Tensor:
+        """The states once per stream of the call; a refiner also sees the velocity that the step came with."""
+        if call.compute.refine:
+            assert self.velocity is not None
+            x = torch.cat([x, self.velocity.seen(evaluation.step).to(x.dtype)], dim=1)
+        return x if len(call.streams) == 1 else torch.cat([x] * len(call.streams))
+
+    def _refined(
+        self, velocity: LastVelocity, x: Tensor, calls: list[Call], answers: list[Answer], evaluation: Eval
+    ) -> Output:
+        """The same in plans with a refiner, whose answers are offsets of an older velocity."""
+        refine = calls[0].compute.refine
+        if refine:
+            base = velocity.base(evaluation.step)
+            offsets = [value[:, : x.shape[1]] for value, _ in answers]
+            answers = [(base.repeat(len(o) // len(base), *[1] * (x.ndim - 1)) + o, None) for o in offsets]
+        output = self._guided(x, calls, answers, evaluation)
+        velocity.keep(evaluation.step, output.value, refine)
+        return output
 
     def _guided(self, x: Tensor, calls: list[Call], answers: list[Answer], evaluation: Eval) -> Output:
         """The answers of an evaluation's calls combined as its step's guidance says."""
@@ -147,8 +171,3 @@ class Evaluator:
             if packed is not None:
                 return packed
         return [call.answer() for call in self.network_calls(x, evaluation)]
-
-
-def _rows(x: Tensor, call: Call) -> Tensor:
-    """The states once per stream of the call."""
-    return x if len(call.streams) == 1 else torch.cat([x] * len(call.streams))

@@ -24,6 +24,7 @@ from pliant.paths import Path, make_grid, path_from_config
 from pliant.paths.levels import resolution_shift
 from pliant.plans.calls import calls_of, check_references, check_reuse, reuses
 from pliant.plans.cost import PlanCost, plan_cost
+from pliant.plans.refining import check_refining
 from pliant.plans.regions import check_tokens
 from pliant.solvers import Program, Solver, SolverLike, compile_program, get_solver
 
@@ -187,6 +188,7 @@ class Plan:
                 raise PlanError(f"step {i} (t={step.t:g}): {error}") from None
         check_references(self, model)
         program = self.program(model)  # the times may turn back, or a solver not work on them
+        check_refining(self, program, model)
         jumps = [e.step for e in program.evaluations if e.lands is not None]
         if jumps and not model.config.flow_map:
             raise PlanError(

@@ -41,6 +41,33 @@ def uniform(
     return plan
 
 
+def turbo(
+    model: Denoiser,
+    heun: int,
+    pseudo: int,
+    refined: int,
+    *,
+    guidance: float | Guidance | None = None,
+    times: Times = None,
+) -> Plan:
+    """FlowTurbo's plan (arXiv 2409.18128): full Heun steps, then pseudo-corrected ones, then refiner steps.
+
+    It calls the network 2 heun + pseudo times (once more without Heun steps) and the refiner twice per refined step.
+    times: as in `Plan.uniform`; the paper's are equal. Raises PlanError for a model without a refiner, if one is asked.
+    """
+    if min(heun, pseudo, refined) < 0 or heun + pseudo < 1:
+        raise PlanError("a turbo plan takes at least one full step: heun or pseudo, then refined")
+    count = heun + pseudo + refined
+    grid = make_times(model, count, times or "uniform")
+    pece, pec, guide = get_solver("pece"), get_solver("pec"), as_guidance(guidance)
+    kinds = [(pece, Compute())] * heun + [(pec, Compute())] * pseudo + [(pece, Compute(refine=True))] * refined
+    rows = tuple(Step(t, solver, compute, guide) for t, (solver, compute) in zip(grid[:-1], kinds, strict=True))
+    provenance = {"preset": "turbo", "heun": heun, "pseudo": pseudo, "refined": refined}
+    plan = Plan(rows, model.path, grid[-1], made_for(model), provenance=provenance)
+    plan.check(model)
+    return plan
+
+
 def weakest(model: Denoiser) -> Compute:
     """The coarsest patch size the model has. Raises PlanError if it has only one."""
     if len(model.patch_sizes) < 2:

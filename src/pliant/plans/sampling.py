@@ -75,7 +75,7 @@ class Sampler:
         self.program: Program = plan.program(model)
         weights = weights or Weights()
         self.lowered = {
-            call: Lowered(call.model(model), call.compute, weights.guide if call.streams == ("guide",) else weights.own)
+            call: Lowered(call.model(model), call.compute, weights.of(*call))
             for call in calls_in(plan)
         }
 

@@ -12,6 +12,7 @@ from pliant.solvers.interpreter import Ask, Evaluate, NetworkOutput, Noise, Outp
 from pliant.solvers.jump import Jump
 from pliant.solvers.normal_form import NormalForm, consistency, normal_form, normal_form_of
 from pliant.solvers.pndm import PNDM
+from pliant.solvers.predict_correct import PredictCorrect
 from pliant.solvers.program import Eval, Instruction, LearnedNoise, Lin, Node, Program
 from pliant.solvers.registry import SOLVERS, SolverInfo, SolverLike, get_solver, solver_infos
 from pliant.solvers.rows import Rows
@@ -46,6 +47,7 @@ __all__ = [
     "Noise",
     "NormalForm",
     "Output",
+    "PredictCorrect",
     "Program",
     "ProgramBuilder",
     "Recorded",

@@ -25,6 +25,7 @@ from pliant.solvers.churn import Churn
 from pliant.solvers.exponential import DDIM, Multistep
 from pliant.solvers.jump import Jump
 from pliant.solvers.pndm import PNDM
+from pliant.solvers.predict_correct import PredictCorrect
 from pliant.solvers.rows import Rows
 from pliant.solvers.runge_kutta import RungeKutta
 from pliant.solvers.sde import SiTSDE
@@ -79,6 +80,8 @@ SOLVERS: dict[str, Entry] = {
     "euler-ancestral": Entry(DDIM, "k-diffusion", {"eta": 1.0}, alias=True),
     "flow-stochastic": Entry(FullNoise, "diffusers FlowMatchEuler(stochastic_sampling)"),
     "jump": Entry(Jump, "arXiv 2310.02279"),
+    "pec": Entry(PredictCorrect, "arXiv 2409.18128", {"reuse": True}),
+    "pece": Entry(PredictCorrect, "arXiv 2409.18128", {"reuse": False}),
     "sit-sde": Entry(SiTSDE, "arXiv 2401.08740"),
     # Multistep: exponential integrators in log-SNR.
     "multistep": Entry(Multistep, _DPMPP),

@@ -31,6 +31,7 @@ from pliant.training.flow_map_config import (
     EquilibriumObjective,
     ImprovedMeanFlowConfig,
     MeanFlowConfig,
+    RefinerConfig,
     SegmentedConfig,
     ShortcutConfig,
     SplitMeanFlowConfig,
@@ -230,7 +231,8 @@ ObjectiveConfig = Annotated[
     | TrajectoryConfig
     | SegmentedConfig
     | TrigConsistencyConfig
-    | EquilibriumObjective,
+    | EquilibriumObjective
+    | RefinerConfig,
     Field(discriminator="name"),
 ]
 

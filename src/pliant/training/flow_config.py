@@ -30,6 +30,8 @@ class PlanConfig(Section):
     """Patch size of all other steps; null: the model's own."""
     precision: str | None = None
     """Of all calls: fp32, bf16, ...; null: what suits the processor."""
+    turbo: list[int] | None = Field(default=None, min_length=3, max_length=3)
+    """FlowTurbo's plan instead of `steps` and `solver`: steps by Heun, by its pseudo corrector, and by the refiner."""
     times: list[float] | str | dict[str, Any] | None = None
     """steps + 1 house times, or a grid by name; null: the path's own grid."""
 
@@ -38,12 +40,15 @@ class PlanConfig(Section):
         from dataclasses import replace
 
         from pliant.compute import Compute
-        from pliant.plans import Plan, uniform, weakest
+        from pliant.plans import Plan, turbo, uniform, weakest
 
         if self.file is not None:
             plan = Plan.load(self.file)
             plan.check(model)
             return plan
+        if self.turbo is not None:
+            heun, pseudo, refined = self.turbo
+            return turbo(model, heun, pseudo, refined, guidance=self.guidance, times=self.times)
         patch = None if self.patch is None else (self.patch, self.patch)
         compute = Compute(patch=patch, precision=self.precision)
         plan = uniform(model, self.steps, self.solver, compute, self.guidance, self.times)

@@ -16,6 +16,7 @@ from pliant.training.objectives.base import Objective
 from pliant.training.objectives.equilibrium import EquilibriumDistillation
 from pliant.training.objectives.improved_mean_flow import ImprovedMeanFlow
 from pliant.training.objectives.mean_flow import MeanFlow
+from pliant.training.objectives.refiner import VelocityRefiner
 from pliant.training.objectives.segmented import SegmentedConsistency
 from pliant.training.objectives.shortcut import Shortcut
 from pliant.training.objectives.split_mean_flow import SplitMeanFlow
@@ -195,6 +196,18 @@ class EquilibriumObjective(ObjectiveSection):
         return EquilibriumDistillation(self.metric.build(), self.decay)
 
 
+class RefinerConfig(ObjectiveSection):
+    """FlowTurbo's velocity refiner, arXiv 2409.18128."""
+
+    name: Literal["refiner"]
+    teacher: str
+    longest: float = Field(default=0.12, gt=0, lt=1)
+    class_dropout: float = Field(default=0.1, ge=0, le=1)
+
+    def build(self, denoiser: Denoiser) -> Objective:
+        return VelocityRefiner(load_teacher(self.teacher, "objective.teacher"), self.longest, self.class_dropout)
+
+
 FLOW_MAP_SECTIONS = (
     MeanFlowConfig,
     ImprovedMeanFlowConfig,
@@ -205,4 +218,5 @@ FLOW_MAP_SECTIONS = (
     SegmentedConfig,
     TrigConsistencyConfig,
     EquilibriumObjective,
+    RefinerConfig,
 )
