@@ -178,7 +178,7 @@ def test_a_trained_refiner_beats_the_old_velocity_fivefold():
     """Sheet C 7 (4), on two mixtures at once (a state of two numbers)."""
     from torch import nn
 
-    net = nn.Sequential(nn.Linear(8, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+    net = nn.Sequential(nn.Linear(8, 192), nn.SiLU(), nn.Linear(192, 192), nn.SiLU(), nn.Linear(192, 2))
     nn.init.zeros_(net[-1].weight)
 
     def offset(x, t, s):
@@ -186,21 +186,21 @@ def test_a_trained_refiner_beats_the_old_velocity_fivefold():
         return nn.functional.pad(net(torch.cat([x.flatten(1), times], 1)), (0, 2))[:, :, None, None]
 
     refiner = Stub(offset, flow_map=False)
-    teacher = Stub(lambda x, t, s: mixture_velocity(x, t), flow_map=False)
+    teacher = Stub(lambda x, t, s: mixture_velocity(x, t, 1.5, 0.4), flow_map=False)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     objective = VelocityRefiner(teacher, 0.12, class_dropout=0.0)
     generator = torch.Generator().manual_seed(0)
     before = after = 0.0
-    for step in range(2500):
-        side = 2.0 * torch.randint(2, (256, 2, 1, 1), generator=generator) - 1.0
-        data = Batch(side + 0.2 * torch.randn(256, 2, 1, 1, generator=generator), torch.zeros(256, dtype=torch.int64))
+    for step in range(4000):
+        side = 3.0 * torch.randint(2, (256, 2, 1, 1), generator=generator) - 1.5
+        data = Batch(side + 0.4 * torch.randn(256, 2, 1, 1, generator=generator), torch.zeros(256, dtype=torch.int64))
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - step / 2500)
+            group["lr"] = 2e-3 * (1 - step / 4000)
         optimizer.zero_grad()
         result = objective(refiner, data, Draws.single(256, step=step))
         result.loss.backward()
         optimizer.step()
-        if step >= 2300:
+        if step >= 3800:
             before, after = before + float(result.logs["unrefined"]), after + float(result.loss.detach())
     print(f"squared error of the old velocity {before / 200:.4f}, refined {after / 200:.5f}")
     assert after < before / 25  # five times smaller velocities' errors

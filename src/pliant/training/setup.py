@@ -72,6 +72,7 @@ from pliant.training.objectives import (
     SharedPatches,
     TokenDistillation,
 )
+from pliant.training.objectives.refiner import VelocityRefiner
 from pliant.training.resolution import freeze_for_resolution
 from pliant.training.section import ObjectiveSection
 
@@ -248,6 +249,11 @@ def _class_dropout(given: float | None, denoiser: Denoiser) -> float:
     if given is not None and given > 0 and own == 0:
         raise ConfigError("class_dropout needs a null label: give the network `class_dropout` above 0 (DiT: 0.1)")
     return own if given is None else given
+
+
+def data_model(objective: Objective, denoiser: Denoiser) -> Denoiser:
+    """The denoiser whose states the training data are: a refiner's teacher, else the one in training."""
+    return objective.teacher if isinstance(objective, VelocityRefiner) else denoiser
 
 
 def build_data(config: TrainConfig, denoiser: Denoiser) -> TrainingSet:

@@ -80,8 +80,9 @@ def train(
         setup.check_sized_data(sized, denoiser)
         data = sized
     else:
-        fixed = setup.build_data(config, denoiser) if data is None else cast(TrainingSet, data)
-        setup.check_data(fixed, denoiser)
+        of = setup.data_model(objective, denoiser)
+        fixed = setup.build_data(config, of) if data is None else cast(TrainingSet, data)
+        setup.check_data(fixed, of)
         data = fixed
     denoiser = setup.with_data_facts(denoiser, data)
     if sampler is None and config.sampling.every:
