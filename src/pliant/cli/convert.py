@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 def convert(
     source: opt.Model,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder or file to write.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="pliant, diffusers, official-dit or sit.")] = "pliant",
+    to: Annotated[str, typer.Option("--to", help="pliant, diffusers, official-dit, sit or fit.")] = "pliant",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of the written weights: fp32, bf16, fp16. Default: as they are.")
     ] = None,
@@ -42,7 +42,7 @@ def convert(
     option: opt.LoadOptions = None,
     json: opt.JSON = False,
 ) -> None:
-    """Convert a model between Pliant's, diffusers', DiT's and SiT's formats."""
+    """Convert a model between Pliant's, diffusers', DiT's, SiT's and FiT's formats."""
     from pliant.cli.models import load_options
     from pliant.formats import describe_source, save
 

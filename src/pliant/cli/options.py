@@ -36,7 +36,9 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first imag
 Decoder = Annotated[
     str | None,
     typer.Option(
-        "--decode", metavar="AUTOENCODER", help="diffusers autoencoder (folder or id) that turns latents into images."
+        "--decode",
+        metavar="AUTOENCODER",
+        help="Turns latents into images: diffusers autoencoder (folder or id), or TAESD-like files.",
     ),
 ]
 
