@@ -4,9 +4,12 @@ A score is a number with an interval, lower is better. Objectives are determinis
 give the same score, and a plan is measured once (`Plan.digest`).
 
 Which one to trust. A proxy (the error to a converged teacher) is cheap and sharp, but it asks for the teacher's own
-image: our toy study found that the error to the all-powerful sample ranks weak-first and weak-last schedules wrongly,
-where distances between distributions and the closed-form spectral test rank them rightly. Planners may search by proxy;
-`confirm` decides by distribution.
+image, and ranks schedules that are weak first against those that are weak last wrongly. On the digits (12 steps, 8 of
+them weak, guidance 1.5) it is .081 against .118, while the Fréchet distance is .80 against .67. Planners may search
+times and coefficients by proxy; between computes, and in the end (`confirm`), a distribution decides.
+
+A distance to data also judges the guidance itself: on the digits it is .13 without guidance and .8 at 1.5 (12 steps, 8
+weak). A planner that may leave guidance out and is told to lower that distance will do so.
 """
 
 from __future__ import annotations
