@@ -215,7 +215,7 @@ def proxy() -> SampleError:
     [
         ("olss", {"nodes": 8, "samples": 4}),
         ("dc-solver", {"samples": 2, "trials": 3, "orders": (2,)}),
-        ("ld3", {"nodes": 8, "samples": 8, "updates": 3, "batch": 4}),
+        ("ld3", {"nodes": 5, "samples": 4, "updates": 2, "batch": 2}),
     ],
 )
 def test_planners_of_coefficients_keep_the_budget(name: str, options: dict[str, object], proxy: SampleError) -> None:
