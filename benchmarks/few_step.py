@@ -54,15 +54,15 @@ class Table:
         self.extractor = get_extractor(args.extractor)
         self.reference = load_reference(args.reference, self.extractor)
 
-    def measure(self, key: str, model: pliant.Denoiser, plan: Plan, **facts: object) -> None:
+    def measure(self, key: str, denoiser: pliant.Denoiser, plan: Plan, **facts: object) -> None:
         if key in self.rows:
             return
-        sampler = Sampler(model, plan)
+        sampler = Sampler(denoiser, plan)
         report = evaluate(
             lambda labels, seeds: sampler(labels, seeds).clamp(-1, 1), self.reference, self.extractor, self.args.num, batch=125,
-            num_classes=model.num_classes, repeats=self.args.repeats, describe={"plan": plan.digest()},
+            num_classes=denoiser.num_classes, repeats=self.args.repeats, describe={"plan": plan.digest()},
         )  # fmt: skip
-        cost = plan.cost(model)
+        cost = plan.cost(denoiser)
         self.keep(key, {**facts, "evaluations": cost.evaluations, "flops": cost.flops, "report": report.to_dict()})
         print(f"{key:44s} {report.distance}", flush=True)
 
@@ -83,7 +83,7 @@ def teacher_rows(table: Table, model: pliant.Denoiser) -> None:
 def straight_row(table: Table, name: str, model: pliant.Denoiser) -> None:
     key = f"{name}/straightness"
     if key not in table.rows:
-        found = straightness(model, steps=32, count=512)
+        found = straightness(model, steps=16, count=128)
         table.keep(key, {"model": name, **found.to_dict()})
 
 

@@ -6,7 +6,7 @@ and a shard appears under its name only when complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, DataError, PliantError
 from pliant.evaluation.evaluate import assigned_labels
 from pliant.plans import Plan, Sampler
+from pliant.plans.noise import start_state
 from pliant.training.data.images import TrainingSet
 from pliant.training.data.pairs import INDEX, StoreIndex, missing_shards, write_shard
 from pliant.training.draws import Draws
@@ -79,6 +80,49 @@ def generate_pairs(
             for i in range(0, len(seeds), batch_size)
         ]
         return {"images": torch.cat(images), "labels": labels, "seeds": torch.tensor(seeds, dtype=torch.int64)}
+
+    _fill(Path(folder), index, shard, progress)
+
+
+def generate_trajectories(
+    folder: str | Path,
+    teacher: Denoiser,
+    plan: Plan,
+    places: Sequence[int],
+    wanted: Wanted,
+    *,
+    batch_size: int = 128,
+    progress: Advance | None = None,
+) -> None:
+    """Fill a store with the states that `plan` passes at `places` (0: its start, k: after step k); as `generate_pairs`.
+
+    Stored as the noise of each pair: (K+1, C, H, W) states from the first place to the last.
+    """
+    plan.check(teacher)
+    made_by = {
+        "teacher": weights_hash(teacher),
+        "plan": plan.digest(),
+        "first_seed": wanted.first_seed,
+        "places": list(places),
+    }
+    index = StoreIndex(
+        wanted.count, teacher.sample_shape, wanted.shard_size, teacher.path.to_config(), False, made_by,
+        tuple(teacher.class_names),
+    )  # fmt: skip
+    sampler = Sampler(teacher, plan)
+    start = plan.program(teacher).start
+
+    def shard(rows: range) -> dict[str, Tensor]:
+        seeds = [wanted.first_seed + k for k in rows]
+        labels = assigned_labels(seeds, teacher.num_classes)
+        kept = []
+        for i in range(0, len(seeds), batch_size):
+            part = seeds[i : i + batch_size]
+            x = start_state(start, part, teacher.sample_shape, teacher.device, teacher.path)
+            states = [x, *(result.x.clone() for result in sampler.steps(labels[i : i + batch_size], part, x))]
+            kept.append(torch.stack([states[k] for k in places], 1).float().cpu())
+        noise = torch.cat(kept)
+        return {"images": noise[:, -1].clone(), "labels": labels, "noise": noise}
 
     _fill(Path(folder), index, shard, progress)
 

@@ -65,6 +65,10 @@ class Recipe(Section):
         """Do all stages; the folder of the final model. Every stage resumes, and a finished one costs nothing."""
         raise NotImplementedError  # pragma: no cover - every registered recipe has its own
 
+    def final_plan(self, work: Workshop) -> PlanConfig:
+        """The plan of the result, after `run`."""
+        return self.plan
+
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by name with its shipped settings, or from a YAML file with a key `recipe`; `key.sub=value` changes.
@@ -96,4 +100,5 @@ def distil(
     """
     settings = {"teacher": teacher, **recipe.model_dump(mode="json", by_alias=True)}
     work = Workshop(teacher, Path(out), recipe.seed, settings, resume=resume, quiet=quiet, **hooks)
-    return work.finish(recipe.run(work), recipe.plan)
+    model = recipe.run(work)
+    return work.finish(model, recipe.final_plan(work))

@@ -31,6 +31,10 @@ class Entry:
 
 _ENTRIES = (
     Entry(
+        "boss", "boss", "Boss", "the best few Euler times, then straightening of just these segments",
+        "BOSS, arXiv 2312.16414",
+    ),
+    Entry(
         "direct", "direct", "Direct", "regress the teacher's samples in a given number of steps",
         "Rectified Flow, arXiv 2209.03003",
     ),

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +81,20 @@ class Workshop:
             invert_images(target, denoiser, plan.build(denoiser), open_data(data, denoiser), progress=advance)
         return str(target)
 
+    def trajectories(
+        self, stage: str, teacher: str, plan: PlanConfig, places: Sequence[int], count: int, first_seed: int
+    ) -> str:
+        """The folder of a store of a teacher's trajectories, kept at these steps of its plan."""
+        from pliant.distillation.pairs import Wanted, generate_trajectories
+
+        denoiser = load(teacher)
+        target = self.folder / stage
+        with self.progress(f"{stage}: trajectories of the teacher") as advance:
+            generate_trajectories(
+                target, denoiser, plan.build(denoiser), places, Wanted(count, first_seed), progress=advance
+            )
+        return str(target)
+
     def flexible(self, objective: Mapping[str, Any], patches: str = "all") -> dict[str, Any]:
         """The objective at all patch sizes in turn, if `patches` is "all" and the teacher has several."""
         if patches not in ("all", "own"):
@@ -137,6 +151,11 @@ class Workshop:
         if _is_main():
             native.save(result, self.folder / "model")
         return result
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return _is_main()
 
     def say(self, text: str) -> None:
         """A line for people about what happens now."""

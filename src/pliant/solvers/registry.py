@@ -26,6 +26,7 @@ from pliant.solvers.exponential import DDIM, Multistep
 from pliant.solvers.jump import Jump
 from pliant.solvers.pndm import PNDM
 from pliant.solvers.predict_correct import PredictCorrect
+from pliant.solvers.renoise import Renoise
 from pliant.solvers.rows import Rows
 from pliant.solvers.runge_kutta import RungeKutta
 from pliant.solvers.sde import SiTSDE
@@ -82,6 +83,7 @@ SOLVERS: dict[str, Entry] = {
     "jump": Entry(Jump, "arXiv 2310.02279"),
     "pec": Entry(PredictCorrect, "arXiv 2409.18128", {"reuse": True}),
     "pece": Entry(PredictCorrect, "arXiv 2409.18128", {"reuse": False}),
+    "renoise": Entry(Renoise, "arXiv 2405.20320"),
     "sit-sde": Entry(SiTSDE, "arXiv 2401.08740"),
     # Multistep: exponential integrators in log-SNR.
     "multistep": Entry(Multistep, _DPMPP),
