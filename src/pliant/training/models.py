@@ -44,9 +44,11 @@ def _with_average(value: T, average: Denoiser) -> T:
 
 
 def teachers(value: object) -> list[Denoiser]:
-    """All denoisers in the fields of a dataclass, and of the dataclasses in its fields."""
+    """All denoisers in the fields of a dataclass, and of the dataclasses and tuples in its fields."""
     if isinstance(value, Denoiser):
         return [value]
+    if isinstance(value, tuple | list):
+        return [found for part in value for found in teachers(part)]
     if not is_dataclass(value) or isinstance(value, type):
         return []
     return [found for field in fields(value) for found in teachers(getattr(value, field.name))]
