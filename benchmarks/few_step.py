@@ -133,7 +133,8 @@ def recipe_rows(table: Table, name: str, folder: Path) -> None:
     assert own is not None
     solver, done = own.steps[0].solver.name, json.loads((folder.parent / "done.json").read_text())
     facts = {"model": name, "solver": solver, "cpu_seconds": done["cpu_seconds"], "parameters": sum(p.numel() for p in model.parameters())}
-    table.measure(f"{name}/own plan", model, own, patch="plan", **facts)
+    if any(step.compute != own.steps[0].compute for step in own.steps):  # else it is one of the rows below
+        table.measure(f"{name}/own plan", model, own, patch="plan", **facts)
     for count in COUNTS:
         for patch, compute in (("own", Compute()), *([("weak", weakest(model))] if len(model.patch_sizes) > 1 else [])):
             plan = plans_of(model, solver, count, compute)
