@@ -271,9 +271,23 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up."""
-    decay: Literal["constant", "cosine"] = "constant"
+    decay: Literal["constant", "cosine", "linear", "refined"] = "constant"
+    """refined: from the gradient norms that an earlier run recorded, `refine_from` (arXiv 2310.07831)."""
+    record_norms: bool = False
+    """Write every step's gradient norm (L1, for Adam) to `gradient-norms.jsonl` in the output folder."""
+    refine_from: str | None = None
+    """Folder of a run with recorded norms."""
     clip: float | None = Field(default=1.0, gt=0)
     """Largest gradient norm; null: no clipping."""
+
+
+    @model_validator(mode="after")
+    def _refined(self) -> OptimizerConfig:
+        if (self.decay == "refined") != (self.refine_from is not None):
+            raise ValueError("decay 'refined' and refine_from, the folder of an earlier run, belong together")
+        if self.decay == "refined" and self.warmup:
+            raise ValueError("a refined schedule has its own warm-up: leave out warmup")
+        return self
 
 
 class EMAConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from pliant.training.metrics import Reporter, Window
 from pliant.training.models import prepared
 from pliant.training.objectives import Batch, Objective, SizedBatch
 from pliant.training.prefetch import Prefetch, moved, pinned
+from pliant.training.refinement import NORMS, Refined, gradient_norm, read_norms, refine_schedule
 from pliant.training.schedule import learning_rate
 from pliant.training.state import Trainable
 
@@ -141,6 +143,11 @@ class Trainer:
             self.flops_per_image = objective.flops(self.denoiser)
         self._images = 0
         """Seen by this process since the last report."""
+        self._refined: Refined | None = None
+        if config.optimizer.refine_from is not None:
+            self._refined = Refined(refine_schedule(read_norms(config.optimizer.refine_from)))
+        # Steps and norms since the last checkpoint.
+        self._norms: list[tuple[int, Tensor]] | None = [] if config.optimizer.record_norms else None
         self._previous_norm: Tensor | None = None
         self._last_checkpoint: Path | None = None
         self._last_loss = math.nan
@@ -188,6 +195,9 @@ class Trainer:
                 self.accelerator.backward(loss / config.accumulate)
             for name, value in {"loss": loss.detach(), **extra}.items():
                 logs[name] = logs.get(name, torch.zeros((), device=self.device)) + value / config.accumulate
+        if self._norms is not None:
+            gradients = [p.grad for p in self.state.parameters.values() if p.grad is not None]
+            self._norms.append((step, gradient_norm(gradients)))
         clip = config.optimizer.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.state.parameters.values(), clip).detach()
         self._refuse_divergence(step, logs["loss"], norm)
@@ -196,7 +206,7 @@ class Trainer:
 
     def _rate(self, step: int) -> float:
         o = self.config.optimizer
-        return learning_rate(step, o.lr, o.warmup, o.decay, self.config.steps)
+        return learning_rate(step, o.lr, o.warmup, o.decay, self.config.steps, self._refined)
 
     def _block(self, micro: int) -> int:
         """Which of a step's blocks is this process's micro-batch."""
@@ -303,6 +313,7 @@ class Trainer:
             self._stop_diverged(done - 1, self._last_loss, math.nan)
         if not self.main:
             return
+        self._write_norms()
         try:
             self._last_checkpoint = save_checkpoint(self.folder, self.state.capture(done), self.config.checkpoint.keep)
         except OSError as error:
@@ -311,6 +322,18 @@ class Trainer:
             if done == self.config.steps:
                 raise PliantError(f"{message}. Free some space and run again with resume=latest.") from None
             logger.warning("%s; training goes on", message)
+
+    def _write_norms(self) -> None:
+        """Append the norms since the last checkpoint; a failure costs the record, not the run."""
+        if not self._norms:
+            return
+        lines = [json.dumps({"step": step, "norm": float(norm)}) + "\n" for step, norm in self._norms]
+        self._norms = []
+        try:
+            with (self.folder / NORMS).open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            logger.warning("cannot write gradient norms (%s); training goes on", error.strerror or error)
 
     def _good_checkpoint(self) -> str:
         good = self._last_checkpoint
