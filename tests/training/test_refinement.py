@@ -61,10 +61,10 @@ def test_on_l1_regression() -> None:
         peaks = (0.01, 0.02, 0.05, 0.1, 0.2)
         found[name] = min(np.mean([l1_regression(rates, p, seed)[0] for seed in range(3)]) for p in peaks)
     assert found["linear"] - best < 0.5 * (found["constant"] - best)
-    _, norms = l1_regression(np.ones(steps), 0.02, 0)
-    for power, most in ((1, 0.05), (2, 0.05)):
-        gap = np.abs(refine_schedule(norms, power) - linear_decay(10_000)).max()
-        assert gap < most + 0.02 * power  # 0.019 and 0.038 in the sheet
+    # Norms of one run of 4 samples a step are noisy, and the start of the schedule rests on few of them: five runs.
+    norms = np.mean([l1_regression(linear_decay(steps), 0.05, seed)[1] for seed in range(5)], axis=0)
+    for power, most in ((1, 0.05), (2, 0.07)):  # measured: 0.037 and 0.059
+        assert np.abs(refine_schedule(norms, power) - linear_decay(10_000)).max() < most
 
 
 def test_collapsing_gradients_fall_back_to_linear_decay(caplog: pytest.LogCaptureFixture) -> None:

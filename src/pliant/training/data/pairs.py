@@ -8,6 +8,7 @@ Noise that was drawn from a seed is not stored but drawn again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,8 +36,8 @@ class StoreIndex:
     """What a store holds and how it was made. Two stores with equal indices hold the same pairs."""
 
     count: int
-    shape: tuple[int, int, int]
-    """(C, H, W) of a sample."""
+    shape: tuple[int, ...]
+    """Of a sample: (C, H, W) for images."""
     shard_size: int
     path: dict[str, Any]
     """Of the teacher: whose law the noise has."""
@@ -117,7 +118,7 @@ class PairSet:
         files = [shard_file(self.folder, k) for k in range(self.index.shards)]
         self._shards = [safe_open(file, framework="pt") for file in files]
         self.labels = torch.cat([shard.get_tensor("labels") for shard in self._shards])
-        elements = self.index.count * self.shape[0] * self.shape[1] * self.shape[2]
+        elements = self.index.count * math.prod(self.index.shape)
         self._images = self._whole("images") if 8 * elements <= MEMORY_LIMIT else None
         self._noise = None if self._images is None else self._all_noise()
 
@@ -126,7 +127,8 @@ class PairSet:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.index.shape
+        channels, height, width = self.index.shape
+        return channels, height, width
 
     def samples(self, indices: Tensor, flips: Tensor, draws: Draws) -> Tensor:
         images = self._images[indices] if self._images is not None else self._rows("images", indices)
