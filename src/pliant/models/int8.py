@@ -1,7 +1,9 @@
 """Linears with int8 weights and inputs quantised as they come, on oneDNN's 8-bit products (CPUs).
 
 Weights: symmetric, one scale per output feature. Inputs: symmetric, one scale per call, from the largest magnitude in
-it; a call's rows therefore share a scale, and a sample's rounding depends on what else is in its batch.
+it; a call's rows therefore share a scale, and a sample's rounding depends on what else is in its batch. Codes of inputs
+are unsigned, around 128: for signed ones oneDNN has no kernel on processors with 8-bit dot products but without AMX, and
+its reference loop is 2000 times slower.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ from torch import Tensor, nn
 from pliant.errors import ConfigError, PlanError
 from pliant.models.layers import OwnLinear
 
-ROUNDER = 1.5 * 2.0**23
-"""Added to a float32 below 2^22 in magnitude, it leaves the rounded number in the lowest bits (two's complement)."""
+ZERO = 128
+"""Code of the input 0."""
+
+ROUNDER = 1.5 * 2.0**23 + ZERO
+"""Added to a float32 below 2^22 in magnitude, it leaves the rounded number plus ZERO in the lowest bits."""
 
 CHUNK = 2**17
 """Numbers quantised at a time, so that what is in between stays in the cache: 512 KB of it."""
@@ -31,8 +36,8 @@ def weight_levels() -> int:
     """
     for levels in (127, 63):
         with torch.device("cpu"), torch.no_grad():
-            x = torch.full((4, 64), 127, dtype=torch.int8)
-            x[2:] = -127
+            x = torch.full((4, 64), ZERO + 127, dtype=torch.uint8)
+            x[2:] = ZERO - 127
             weight = torch.full((8, 64), levels, dtype=torch.int8)
             try:
                 got = _product(x, 1.0, _packed(weight), torch.ones(8), _zeros(8), None, torch.float32, gelu=False)
@@ -41,7 +46,7 @@ def weight_levels() -> int:
                     f"precision 'int8d' needs oneDNN's 8-bit linear, which PyTorch {torch.__version__} does not offer "
                     "on this machine; use 'bf16' or 'fp32'."
                 ) from error
-            if torch.equal(got, x[:, :1].float().expand(4, 8) * (64 * levels)):
+            if torch.equal(got, (x[:, :1].float() - ZERO).expand(4, 8) * (64 * levels)):
                 return levels
     raise ConfigError("precision 'int8d': this machine's 8-bit products are wrong; use 'bf16' or 'fp32'.")
 
@@ -68,7 +73,7 @@ def _product(
 ) -> Tensor:
     name, algorithm = ("gelu", "tanh") if gelu else ("none", "")
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes, scale, 0, packed, scales, zeros, bias, 1.0, 0, out, name, [], algorithm
+        codes, scale, ZERO, packed, scales, zeros, bias, 1.0, 0, out, name, [], algorithm
     )
     return y
 
@@ -81,10 +86,10 @@ def quantized_rows(weight: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def quantized_input(x: Tensor) -> tuple[Tensor, float] | None:
-    """Any shape -> int8 codes in [-127, 127] and their scale; None if a value is not finite."""
+    """Any shape -> uint8 codes in ZERO +- 127 and their scale; None if a value is not finite."""
     x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
     if not x.numel():  # routed networks may leave no token to a branch
-        return torch.empty(x.shape, dtype=torch.int8), 1.0
+        return torch.empty(x.shape, dtype=torch.uint8), 1.0
     if x.dtype == torch.bfloat16:
         low, high = torch.aminmax(x)
     else:  # the two are vectorised better than the one, for float32 only
@@ -95,15 +100,15 @@ def quantized_input(x: Tensor) -> tuple[Tensor, float] | None:
     scale = max(peak / 127, 1e-30)
     flat = x.reshape(-1)
     if len(flat) <= CHUNK:
-        return _codes(flat, 1 / scale).to(torch.int8).view(x.shape), scale
-    codes = torch.empty(len(flat), dtype=torch.int8)
+        return _codes(flat, 1 / scale).to(torch.uint8).view(x.shape), scale
+    codes = torch.empty(len(flat), dtype=torch.uint8)
     for part, into in zip(flat.split(CHUNK), codes.split(CHUNK), strict=True):
         into.copy_(_codes(part, 1 / scale))
     return codes.view(x.shape), scale
 
 
 def _codes(x: Tensor, factor: float) -> Tensor:
-    """int32 numbers whose lowest byte is round(x * factor): half the time of multiply, round, convert."""
+    """int32 numbers whose lowest byte is round(x * factor) + ZERO: half the time of multiply, round, convert."""
     return torch.add(torch.full((1,), ROUNDER, dtype=torch.float32), x, alpha=factor).view(torch.int32)
 
 
