@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/techniques.py --resume
     OMP_NUM_THREADS=1 python benchmarks/techniques.py --cifar-size
+    OMP_NUM_THREADS=1 python benchmarks/techniques.py --part cifar --model runs/cifar-p4/model --num 200 --strengths 1 \
+        --extractor cifar10-classifier --reference ../shared/data/cifar10-train.parquet --plot docs/images/cifar.png
 
 The table: on the shipped digits model, every row is compared with the plain plan (50 steps of dpmpp-2m; guided rows with
 the guided one) and with fewer full steps that cost no more FLOPs than the row, on the same seeds. FLOPs are exact; a
-gated row's are those of the decisions that its gates took. The distance is Fréchet's in the digits classifier's features,
+gated row's are those of the decisions that its gates took. The distance is Fréchet's in a classifier's features,
 mean and standard deviation over sets of seeds; "off" is the root mean square distance to the plain plan's images of the
 same seeds. Seconds: all rows take turns in every round, the share is taken within a round, medians.
 
@@ -71,9 +73,9 @@ class Table:
 
     def __init__(self, bench: Bench, args: argparse.Namespace, done: dict[str, Any]) -> None:
         self.bench, self.args, self.done = bench, args, done
-        self.rows: dict[str, dict[str, Any]] = done["digits"]["rows"]
-        self.extractor = get_extractor("digits-classifier")
-        self.reference = load_reference("digits", self.extractor)
+        self.rows: dict[str, dict[str, Any]] = done[args.part]["rows"]
+        self.extractor = get_extractor(args.extractor)
+        self.reference = load_reference(args.reference, self.extractor)
         self.made: dict[str, Made] = {}
 
     def measure(self, key: str, made: Made, **facts: Any) -> dict[str, Any]:
@@ -146,7 +148,6 @@ class Table:
         self.save()
 
     def save(self) -> None:
-        self.done["known"] = self.bench.known
         write_json(self.args.json, self.done)
 
 
@@ -191,7 +192,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: dict[str, dict[str, Any]], file: Path) -> None:
+def plot(rows: dict[str, dict[str, Any]], file: Path, extractor: str) -> None:
     """Distance over FLOPs share and over seconds share, unguided rows."""
     import matplotlib
 
@@ -216,7 +217,7 @@ def plot(rows: dict[str, dict[str, Any]], file: Path) -> None:
         axis.set_xlabel(f"{of}, % of the plain plan")
         axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("Fréchet distance (digits-classifier)")
+    axes[0].set_ylabel(f"Fréchet distance ({extractor})")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +243,8 @@ def cifar_size() -> Denoiser:
 @torch.no_grad()
 def time_cifar_size(args: argparse.Namespace, done: dict[str, Any]) -> None:
     """Seconds share and FLOPs share of every technique's middle strength; each next to its plain plan."""
-    bench = Bench(cifar_size(), args.cifar_steps, args.solver, args.guidance, 2, done["known"], learned=False)
+    known = done["known"].setdefault("cifar_size", {})
+    bench = Bench(cifar_size(), args.cifar_steps, args.solver, args.guidance, 2, known, learned=False)
     rows = done["cifar_size"]["rows"]
     labels, seeds = [k % 10 for k in range(4)], list(range(4))
     cases: dict[str, list[Case]] = {}
@@ -300,6 +302,10 @@ def into_page(page: Path, name: str, text: str) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="digits")
+    parser.add_argument("--part", default="digits", help="where rows are kept, and the table's mark in the page")
+    parser.add_argument("--extractor", default="digits-classifier")
+    parser.add_argument("--reference", default="digits")
+    parser.add_argument("--strengths", type=int, default=3, help="of a technique, from the middle one on")
     parser.add_argument("--techniques", nargs="*", help="only these (as the table names them)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--solver", default="dpmpp-2m")
@@ -328,7 +334,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    part = "cifar_size" if args.cifar_size else "digits"
+    part = "cifar_size" if args.cifar_size else args.part
     names = ("cifar_steps", "solver", "guidance") if args.cifar_size else ("model", "steps", "solver", "guidance", "num", "sets")
     settings = {name: getattr(args, name) for name in names}
     done: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {"known": {}}
@@ -343,20 +349,25 @@ def main() -> None:
     model.network.requires_grad_(False)
     widths = {Path(p).parent.name if Path(p).name == "model" else Path(p).name: pliant.load(p) for p in args.widths}
     bench = Bench(
-        model, args.steps, args.solver, args.guidance, 8, done["known"],
+        model, args.steps, args.solver, args.guidance, 8, done["known"].setdefault(part, {}),
         exits=pliant.load(args.exits) if args.exits else None, widths=widths,
     )  # fmt: skip
     measured = Table(bench, args, done)
+    cases: dict[str, list[Case]] = {}
     for case in catalogue(bench):
         if not args.techniques or case.technique in args.techniques:
+            cases.setdefault(case.technique, []).append(case)
+    for found in cases.values():
+        middle = len(found) // 2
+        for case in found if args.strengths >= len(found) else found[middle : middle + args.strengths]:
             measured.add(case)
     if not args.untimed:
         measured.retime()
     text = table(measured.rows)
     print(text)
-    into_page(args.page, "digits", text)
+    into_page(args.page, args.part, text)
     if not args.untimed:
-        plot(measured.rows, args.plot)
+        plot(measured.rows, args.plot, args.extractor)
 
 
 if __name__ == "__main__":

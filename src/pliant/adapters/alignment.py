@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pliant.paths import Match, Path, Preconditioning, PredictionType, conversion
+from pliant.adapters.low_band import scale_alignment
+from pliant.paths import Match, Path, Preconditioning, PredictionType
 from pliant.paths.path import as_time
 
 
@@ -72,20 +73,12 @@ def alignment(
     missing_power: float = 0.0,
     preconditioning: Preconditioning | None = None,
 ) -> Alignment:
-    """The coefficients at t for blocks of `pixels` = rh*rw fine pixels; `missing_power` is w. Undefined at t = 0."""
-    here = path.alpha_sigma(t)
-    tau = aligned_time(path, t, pixels)
-    there = path.alpha_sigma(tau)
-    # alpha_tau/alpha_t, written with sigma because alpha may vanish at t = 1: k*sigma_tau/sigma_t, by definition.
-    scale = math.sqrt(pixels) * there.sigma / here.sigma
-    guess = here.alpha * missing_power / (here.alpha**2 * missing_power + here.sigma**2)
-    inp = torch.ones_like(scale)
-    if preconditioning is None:
-        p_low, q_low = conversion(prediction, "sample", there)
-    else:
-        p_low, q_low, inp, _ = preconditioning.coefficients(there.sigma, there.alpha)
-    p_out, q_out = conversion("sample", prediction, here)
-    return Alignment(scale * inp, tau, p_out + q_out * guess, q_out * (p_low * scale - guess), q_out * q_low)
+    """`scale_alignment` in terms of x and U P x, for blocks of `pixels` = rh*rw fine pixels; `missing_power` is w.
+
+    Undefined at t = 0.
+    """
+    a = scale_alignment(path, prediction, t, pixels, missing_power, preconditioning)
+    return Alignment(a.input_scale, a.time, a.on_missing, a.on_low - a.on_missing, a.on_output)
 
 
 def coarse(x: Tensor, ratio: tuple[int, int]) -> Tensor:

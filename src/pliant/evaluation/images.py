@@ -19,6 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pliant import imaging
 from pliant.errors import DataError, PliantError, ShapeError
 from pliant.pictures import digit_levels, fitted, open_cell
 
@@ -26,15 +27,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] (values beyond are clamped) -> uint8 of the same shape, rounded to nearest.
+    """Floats in [-1, 1] (values beyond are clamped) -> uint8 of the same shape, on the CPU, rounded to nearest.
 
     Raises DataError for NaN: a broken sample must not become a black one.
     """
     if not images.is_floating_point():
         raise DataError(f"expected float images in [-1, 1], got {images.dtype}; uint8 images need from_uint8 first")
-    if torch.isnan(images).any():
-        raise DataError("the images contain NaN; the sampler diverged, nothing meaningful can be measured")
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return imaging.to_pixels(images)
 
 
 def from_uint8(images: Tensor) -> Tensor:

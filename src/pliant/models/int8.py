@@ -2,8 +2,8 @@
 
 Weights: symmetric, one scale per output feature. Inputs: symmetric, one scale per call, from the largest magnitude in
 it; a call's rows therefore share a scale, and a sample's rounding depends on what else is in its batch. Codes of inputs
-are unsigned, around 128: for signed ones oneDNN has no kernel on processors with 8-bit dot products but without AMX, and
-its reference loop is 2000 times slower.
+are unsigned, around 128: for signed ones oneDNN has no kernel on processors with 8-bit products but no AMX, only
+a reference loop that is 2000 times slower.
 """
 
 from __future__ import annotations
