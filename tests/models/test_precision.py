@@ -143,6 +143,43 @@ def test_cut_blocks_are_quantised_at_their_own_widths() -> None:
     assert stack_error(variant(network, "int8d"), network) < 6e-2
 
 
+# --- some blocks only -----------------------------------------------------------------------------------------------
+
+
+@needs_int8
+def test_blocks_have_the_format_of_their_span() -> None:
+    network = random_dit(depth=4)
+    made = variant(network, "0:1=bf16-mixed, 2:4=int8d")
+    kinds = [{type(getattr(block, name)) for name in BLOCK_LINEARS} for block in made.blocks]
+    assert kinds == [{MixedLinear}, {nn.Linear}, {Int8Linear}, {Int8Linear}]
+    base, shared = pointers(network), pointers(made)
+    assert all(base[k] == v for k, v in shared.items() if k.startswith("blocks.1."))
+    whole = variant(network, "0:4=int8d")
+    assert torch.equal(call(whole), call(variant(network, "int8d")))
+    assert torch.equal(call(variant(network, "1:3=own")), call(network))
+    errors = [float((call(variant(network, key)) - call(network)).norm()) for key in ("3:4=int8d", "0:4=int8d")]
+    assert 0 < errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("0:2=bf16", "own, bf16-mixed, int8d"),
+        ("0-2=int8d", "first:last=format"),
+        ("2:2=int8d", "is empty"),
+        ("0:2=own,1:3=int8d", "begins before"),
+        ("0:9=bf16-mixed", "has 4"),
+    ],
+)
+def test_bad_spans_are_refused_in_one_line(key: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        variant(random_dit(depth=4), key)
+    with pytest.raises(ConfigError, match=words):
+        precision.check_precision(key, 4)
+    with pytest.raises(ConfigError, match="'='"):
+        precision.register_precision("0:2=int8d", lambda n: n)
+
+
 # --- the 8-bit linear against integer arithmetic --------------------------------------------------------------------
 
 

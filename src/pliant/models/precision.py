@@ -2,13 +2,14 @@
 
 `fp32`, `bf16`: everything in that format. `own`: as stored. `bf16-mixed`: products in bf16, residual stream as stored.
 `bf16-compiled`: bf16 through torch.compile with weights frozen. `int8d`: 8-bit products of the blocks' linears, inputs
-quantised as they come. Others: `register_precision`. Sheet E, section 11; what each is worth: docs/precision.md.
+quantised as they come. Some blocks only: "0:4=int8d" (`block_precision.py`). Others: `register_precision`. Sheet E,
+section 11; what each is worth: docs/precision.md.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from pliant.errors import ConfigError, suggest
+from pliant.models.block_precision import is_by_blocks, makers_by_block, parse_block_precision
 from pliant.models.dit import DiT
 from pliant.models.layers import Block, OwnLinear
 from pliant.models.network import Backbone
@@ -56,9 +58,13 @@ def resolve_precision(key: str | None, network: Backbone) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(network.dtype, "own")
 
 
-def check_precision(key: str | None) -> None:
-    """Raise ConfigError, with the nearest name, unless calls can ask for this precision."""
-    if key is not None and key not in VARIANTS:
+def check_precision(key: str | None, depth: int | None = None) -> None:
+    """Raise ConfigError, with the nearest name, unless calls (of a network of `depth` blocks) can ask for it."""
+    if key is not None and is_by_blocks(key):
+        parse_block_precision(key)
+        if depth is not None:
+            makers_by_block(key, depth)
+    elif key is not None and key not in VARIANTS:
         raise ConfigError(f"unknown precision {key!r}; {suggest(str(key), VARIANTS)}")
 
 
@@ -68,9 +74,10 @@ BackboneT = TypeVar("BackboneT", bound=Backbone)
 def variant(network: BackboneT, key: str) -> BackboneT:
     """The plain network in the named precision. Raises ConfigError for an unknown one, or one it cannot run in here."""
     name = resolve_precision(key, network)
-    if name in OF_DIT and not isinstance(network, DiT):
+    by_blocks = is_by_blocks(name)
+    if (by_blocks or name in OF_DIT) and not isinstance(network, DiT):
         raise ConfigError(f"precision {name!r} replaces parts of a DiT; a {network.family} network has fp32 and bf16")
-    made: BackboneT = VARIANTS[name](network)
+    made: BackboneT = _by_blocks(network, name) if by_blocks else VARIANTS[name](network)
     return made
 
 
@@ -83,6 +90,8 @@ def register_precision(name: str, builder: Builder) -> None:
     """Makes `Compute(precision=name)` run what the builder returns. Raises ConfigError if the name is taken."""
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"a precision needs a name, got {name!r}")
+    if is_by_blocks(name):
+        raise ConfigError(f"{name!r} cannot be a precision's name: '=' says which blocks")
     if name in VARIANTS:
         raise ConfigError(f"precision {name!r} is registered already; choose another name")
     VARIANTS[name] = builder
@@ -105,12 +114,26 @@ def with_linears(network: DiT, make: Callable[[nn.Linear, torch.dtype], OwnLinea
 
     What goes straight into another product (qkv, fc1) leaves in bf16; what enters the residual stream keeps its dtype.
     """
+    return _with_linears(network, [make] * len(network.blocks))
+
+
+def _with_linears(
+    network: DiT, makers: Sequence[Callable[[nn.Linear, torch.dtype], OwnLinear] | None]
+) -> DiT:
+    """One maker per block; None leaves its linears."""
     copy, dtype = _float_base(network)
-    for block in copy.blocks:
-        for name in BLOCK_LINEARS:
+    for block, make in zip(copy.blocks, makers, strict=True):
+        for name in BLOCK_LINEARS if make is not None else ():
             out = torch.bfloat16 if name in ("qkv", "fc1") else dtype
-            setattr(block, name, make(getattr(block, name), out))
+            setattr(block, name, make(getattr(block, name), out))  # type: ignore[misc]
     return copy
+
+
+def _by_blocks(network: Any, key: str) -> Any:
+    """Each block's linears in the format that the spans say."""
+    if network.head.weight.device.type != "cpu" and "int8d" in key:
+        raise ConfigError(f"precision {key!r}: 8 bits in some blocks only are for CPUs; use 'int8d' on a GPU")
+    return _with_linears(network, makers_by_block(key, len(network.blocks)))
 
 
 def bf16_mixed(network: DiT) -> DiT:

@@ -294,11 +294,11 @@ def check_step(step: Step, model: Denoiser) -> None:
     model.patch_of(step.compute)
     model.exit_of(step.compute)
     for call in calls_of(step):
-        check_precision(call.compute.precision)
         own = call.model(model)
         own.patch_of(call.compute)
         own.exit_of(call.compute)
-        own.shape(call.compute)  # a smaller grid may not exist
+        shape = own.shape(call.compute)  # a smaller grid may not exist
+        check_precision(call.compute.precision, shape.depth)
         _check_network(call.compute, own)
     check_tokens(calls_of(step), model)
     if step.guidance is not None:
