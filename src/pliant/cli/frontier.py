@@ -126,7 +126,7 @@ def frontier(
     _print(report, skipped)
 
 
-def _write(run: Run, rows: list[Row], skipped: list[Skipped], machine: dict[str, Any], model: str) -> dict[str, Any]:
+def _write(run: Run, rows: list[Row], skipped: list[Skipped], machine: dict[str, str], model: str) -> dict[str, Any]:
     from pliant.cli.frontier_page import page
     from pliant.cli.frontier_plot import plot
     from pliant.cli.frontier_rows import as_csv, as_dicts
@@ -152,9 +152,7 @@ def _write(run: Run, rows: list[Row], skipped: list[Skipped], machine: dict[str,
     dicts = as_dicts(rows, run.full.cost(run.opened.denoiser).flops)
     times = f"{objective.num:,} images" + (f" x {count} repeats" if count > 1 else "")
     title = f"{run.opened.name}: {times}" + (f", guidance {run.guidance:g}" if run.guidance else "")
-    threads = machine["threads"]
-    where = f"{machine['machine']}, {threads} thread{'s' * (threads != 1)}"
-    charts = plot(rows, title, objective.name, LEVEL, where)
+    charts = plot(rows, title, objective.name, LEVEL, machine["machine"].partition(", torch")[0])
     best = next(d for d in sorted(dicts, key=lambda d: d["flops_per_image"]) if d["on_frontier"])
     commands = [
         f"pliant sample {model} --plan {run.out}/{best['plan_file']} -o samples.png",

@@ -183,10 +183,11 @@ def _digest(said: dict[str, Any]) -> str:
     return hashlib.sha256(json_module.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def measure(run: Run, entries: Sequence[Entry], cache: Path, rounds: int) -> tuple[list[Row], dict[str, Any]]:
+def measure(run: Run, entries: Sequence[Entry], cache: Path, rounds: int) -> tuple[list[Row], dict[str, str]]:
     """Distances (stored or new) and seconds of all plans; each plan once however many entries share it."""
     from pliant.cli.frontier_rows import Row
     from pliant.planning.measuring import Quality, QualityStore
+    from pliant.plans.timing import this_machine
 
     denoiser = run.opened.denoiser
     unique = {e.plan.digest(): e.plan for e in entries}
@@ -194,8 +195,8 @@ def measure(run: Run, entries: Sequence[Entry], cache: Path, rounds: int) -> tup
     store = QualityStore(cache, run.facts)
     missing = [(key, o) for key, plan in unique.items() for o in run.objectives if store.known(plan, o) is None]
     work = [costs[key].flops * run.objectives[0].num for key, _ in missing]
-    machine = _machine(denoiser.device)
-    timing_file = cache / f"seconds-{_digest({**machine, **run.facts, 'rounds': rounds})}.json"
+    machine = this_machine(denoiser.device)
+    timing_file = cache / f"seconds-{_digest({**machine.to_dict(), **run.facts, 'rounds': rounds})}.json"
     batch, timed = _stored_seconds(timing_file) if rounds else (0, {})
     untimed = rounds > 0 and not set(unique) <= set(timed)
     if missing or untimed:
@@ -217,17 +218,18 @@ def measure(run: Run, entries: Sequence[Entry], cache: Path, rounds: int) -> tup
 
         with progress("timing plans in turn") as advance:
             timed = seconds_in_turns(denoiser, list(unique.values()), batch, rounds, advance)
-        facts = {"machine": machine, "rounds": rounds, "batch": batch}
+        facts = {"machine": machine.to_dict(), "rounds": rounds, "batch": batch}
         write_json(timing_file, {**facts, "seconds_per_image": timed})
+    where = {"machine": machine.describe()}
     if rounds:
-        machine["timed"] = f"median of {rounds} rounds in turn, batches of {batch}"
+        where["timed"] = f"median of {rounds} rounds in turn, batches of {batch}"
     rows = []
     for entry in entries:
         key = entry.plan.digest()
         file = f"plans/{key}.json"
         quality = Quality(tuple(store.measure(entry.plan, o) for o in run.objectives))
         rows.append(Row(entry, costs[key], quality, quality.interval(), timed.get(key), file))
-    return rows, machine
+    return rows, where
 
 
 def _seconds_per_flop(run: Run) -> float:
@@ -252,24 +254,6 @@ def _timed_batch(run: Run, pace: float) -> int:
     """Images per timed call: at most 16, fewer where one call of the full plan would take long."""
     per_image = pace * run.full.cost(run.opened.denoiser).flops
     return 1 if per_image <= 0 else 1 << max(0, min(4, int(ROUND / per_image).bit_length() - 1))
-
-
-def _machine(device: Any) -> dict[str, Any]:
-    import platform
-
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor() or platform.machine()
-    return {"machine": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-
-
-def _processor() -> str | None:
-    """The CPU's own name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _stored_seconds(file: Path) -> tuple[int, dict[str, float]]:
