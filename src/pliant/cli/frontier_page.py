@@ -96,10 +96,15 @@ def cells_of(row: dict[str, Any]) -> list[str]:
     return [
         row["budget"] or "-",
         f"{row['share_of_full']:.1%}",
-        f"{row['flops_per_image'] / 1e9:.3g}",
+        _three_digits(row["flops_per_image"] / 1e9),
         str(row["steps"]),
         str(row["NFE"]),
-        "-" if seconds is None else f"{1e3 * seconds:.3g}",
+        "-" if seconds is None else _three_digits(1e3 * seconds),
         f"{row['distance']:.4g}",
         "-" if row["low"] is None else f"{row['low']:.3g} to {row['high']:.3g}",
     ]
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, never with an exponent for large numbers."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
