@@ -63,7 +63,9 @@ def test_files(done: tuple[Path, Any], flexible: Path, run: Run) -> None:
     assert float(lines[0]["distance"]) == report["rows"][0]["distance"]
     assert (folder / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     html = (folder / "out" / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r'(src|href)="(?!#)', html)  # nothing is loaded from elsewhere
+    assert not re.search(r'(src|href)="(?!#|data:)', html)  # nothing is loaded from elsewhere
+    strips = re.findall(r'alt="Samples of ([^"]*)" src="data:image/png;base64,([^"]*)"', html)
+    assert strips[0][0] == "full, 10 steps" and len(strips) == len({image for _, image in strips}) >= 2
     for words in ("<svg", "weak-split", report["recipe"]["weights_sha256"], "90%", "digits-classifier"):
         assert words in html
     plan = folder / "out" / report["rows"][1]["plan_file"]
@@ -74,7 +76,12 @@ def test_a_second_run_measures_nothing(
     done: tuple[Path, Any], flexible: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, report = done
-    for module, name in ((measuring, "distance"), (measuring, "seconds_in_turns"), (frontier_run, "_seconds_per_flop")):
+    for module, name in (
+        (measuring, "distance"),
+        (measuring, "seconds_in_turns"),
+        (frontier_run, "_seconds_per_flop"),
+        (pliant.plans, "sample"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured again"))
     again = run("frontier", flexible, *FAST, *SMALL, "--plans", folder / "mine.json", "-o", folder / "out", "--json")
     assert again.code == 0, again.err
@@ -112,7 +119,7 @@ def test_repeats_search_and_text(flexible: Path, run: Run, tmp_path: Path) -> No
         assert words in found.out
     names = sorted(f.name for f in (tmp_path / "out" / "cache").iterdir())
     assert sum(n.startswith("planned-weak-split-") for n in names) == 1
-    assert len(names) == 1 + 2 * 2  # two plans, two repeats
+    assert sum(n.endswith(".json") for n in names) == 1 + 2 * 2  # two plans, two repeats
 
 
 def test_budgets_without_a_plan_are_named(flexible: Path, run: Run, tmp_path: Path) -> None:

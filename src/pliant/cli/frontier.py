@@ -118,7 +118,8 @@ def frontier(
     planned, more = frontier_run.planned_entries(run, chosen, cache, search_num, seed, network, real)
     entries, skipped = [entries[0], *planned, *entries[1:]], [*more, *skipped]
     rows, machine = frontier_run.measure(run, entries, cache, rounds)
-    report = _write(run, rows, skipped, machine, model)
+    pictures = frontier_run.strips(run, rows, cache)
+    report = _write(run, rows, pictures, skipped, machine, model)
     report["seconds"] = time.perf_counter() - begun
     if json:
         emit_json(report)
@@ -126,7 +127,14 @@ def frontier(
     _print(report, skipped)
 
 
-def _write(run: Run, rows: list[Row], skipped: list[Skipped], machine: dict[str, str], model: str) -> dict[str, Any]:
+def _write(
+    run: Run,
+    rows: list[Row],
+    pictures: list[tuple[Row, bytes]],
+    skipped: list[Skipped],
+    machine: dict[str, str],
+    model: str,
+) -> dict[str, Any]:
     from pliant.cli.frontier_page import page
     from pliant.cli.frontier_plot import plot
     from pliant.cli.frontier_rows import as_csv, as_dicts
@@ -158,7 +166,8 @@ def _write(run: Run, rows: list[Row], skipped: list[Skipped], machine: dict[str,
         f"pliant sample {model} --plan {run.out}/{best['plan_file']} -o samples.png",
         f"pliant plan {model} --show {run.out}/{best['plan_file']}",
     ]
-    html = page(title, objective.name, LEVEL, dicts, charts[1] if charts else None, recipe, commands, skipped)
+    named = [(f"{r.entry.family} {r.entry.budget}".strip(), f"{r.cost.flops / 1e9:.3g} GFLOP", p) for r, p in pictures]
+    html = page(title, objective.name, LEVEL, dicts, charts[1] if charts else None, named, recipe, commands, skipped)
     files = {
         "csv": "frontier.csv",
         "json": "frontier.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ tr.head td { color: var(--quiet); padding-top: 1.1rem; border-bottom-color: var(
 th.mark, td.mark { padding-right: 0; border-bottom-color: transparent }
 td.plan { text-align: left }
 code { background: var(--soft); padding: .1rem .3rem; border-radius: 4px; font-size: .88em }
+.strips td { border: 0; padding: .15rem .8rem .15rem 0; line-height: 1.3 }
+.strips img { min-width: 32rem; border-radius: 3px }
 .recipe td { white-space: normal; text-align: left; overflow-wrap: anywhere }
 .recipe td:first-child { white-space: nowrap }
 """
@@ -30,11 +33,12 @@ def page(
     level: float,
     rows: Sequence[dict[str, Any]],
     chart: str | None,
+    pictures: Sequence[tuple[str, str, bytes]],
     recipe: dict[str, Any],
     commands: Sequence[str],
     skipped: Sequence[Skipped],
 ) -> str:
-    """The whole document. rows: as `frontier_rows.as_dicts` gives them; chart: SVG."""
+    """The whole document. rows: as `frontier_rows.as_dicts` gives them; chart: SVG; pictures: (name, cost, PNG)."""
     figure = "" if chart is None else f'<figure class="wide chart">{_inline(chart)}</figure>'
     missing = ""
     if skipped:
@@ -55,6 +59,9 @@ def page(
 {recipe["images"]:,} images per plan and repeat, the same seeds for every plan, none of which a planner has seen. It
 grows as images get fewer: compare equal numbers only.</p>
 {figure}
+<h2>What they make</h2>
+<p class="quiet">The full plan, then the plans marked &#9733; below from dear to cheap. The same seeds in every row.</p>
+<div class="wide">{_strips(pictures)}</div>
 <h2>Every plan</h2>
 <p class="quiet">&#9733; no other plan here is cheaper and at least as good. Intervals cover {level:.0%} by which
 samples were drawn; plans share their seeds, so small differences between plans are surer than intervals suggest.</p>
@@ -72,6 +79,16 @@ samples were drawn; plans share their seeds, so small differences between plans 
 def _inline(svg: str) -> str:
     """The drawing without its XML prologue."""
     return svg[svg.index("<svg") :]
+
+
+def _strips(pictures: Sequence[tuple[str, str, bytes]]) -> str:
+    """A row per plan: what it is, and its images."""
+    rows = []
+    for name, cost, png in pictures:
+        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        label = f'{escape(name)}<br><span class="quiet">{escape(cost)}</span>'
+        rows.append(f'<tr><td>{label}</td><td><img alt="Samples of {escape(name)}" src="{source}"></td></tr>')
+    return f'<table class="strips">{"".join(rows)}</table>'
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -232,6 +232,17 @@ def measure(run: Run, entries: Sequence[Entry], cache: Path, rounds: int) -> tup
     return rows, where
 
 
+def strips(run: Run, rows: Sequence[Row], cache: Path) -> list[tuple[Row, bytes]]:
+    """PNG strips of what the full and the best plans make, stored or new."""
+    from pliant.cli.frontier_pictures import shown, strip
+    from pliant.cli.frontier_rows import undominated
+
+    objective = run.objectives[0]
+    facts = _digest({**run.facts, "seeds": str(objective.seeds)})
+    chosen = shown(rows, undominated(rows))
+    return [(row, strip(row, objective, cache / f"strip-{row.entry.plan.digest()}-{facts}.png")) for row in chosen]
+
+
 def _seconds_per_flop(run: Run) -> float:
     """From the first steps of the full plan at the batch that will be used, after a warm-up."""
     from pliant.plans import Sampler
