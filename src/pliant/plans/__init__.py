@@ -7,6 +7,7 @@ from pliant.plans.gradients import Gradients, differentiable_sample, sample_with
 from pliant.plans.mcmc import DenoisingMCMC, geometric_levels
 from pliant.plans.plan import Plan, Step
 from pliant.plans.presets import turbo, uniform, weak_to_powerful, weakest
+from pliant.plans.routed import RoutedPlans
 from pliant.plans.sampling import Sampler, sample, sample_steps
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PlanCost",
     "Progress",
     "Request",
+    "RoutedPlans",
     "RunCost",
     "Sampler",
     "Step",

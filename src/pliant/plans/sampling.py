@@ -15,6 +15,7 @@ from pliant.plans.engine import Lowered, Weights
 from pliant.plans.evaluator import Evaluator
 from pliant.plans.noise import batch_noise, check_seeds, start_state
 from pliant.plans.plan import Plan
+from pliant.plans.routed import RoutedPlans
 from pliant.solvers import Noise, Program, StepResult, run
 from pliant.solvers.interpreter import Combine, combine
 
@@ -160,7 +161,7 @@ def sample_steps(
 
 def sample(
     model: Denoiser,
-    plan: Plan,
+    plan: Plan | RoutedPlans,
     cond: Sequence[int] | Tensor,
     seeds: Sequence[int] | None = None,
     batch_size: int = 64,
@@ -172,12 +173,15 @@ def sample(
 ) -> Tensor:
     """Sample all labels, `batch_size` at a time -> (B, C, H, W). Image k depends on its own label and seed only.
 
+    plan: of several `RoutedPlans` each sample takes its own, in batches of samples with the same one.
     size, extrapolation: of the states, for networks for any size; see `Denoiser.at_size`.
     x, mu, origin: start states, the images that a path with an offset drifts to, and those that guidance leads away
     from; see `Sampler.steps`.
     """
     seeds = _default_seeds(cond, seeds)
     model = sized(model, size, extrapolation)
+    if isinstance(plan, RoutedPlans):
+        return _sample_routed(model, plan, cond, seeds, batch_size, (x, mu, origin))
     sampler = Sampler(model, plan)
     labels = check_labels(cond, model)
     check_seeds(seeds, len(labels))
@@ -188,6 +192,25 @@ def sample(
         states, offsets, origins = (None if v is None else v[part] for v in (x, mu, origin))
         parts.append(sampler(labels[part], seeds[part], states, offsets, origins))
     return torch.cat(parts)
+
+
+def _sample_routed(
+    model: Denoiser,
+    routed: RoutedPlans,
+    cond: Sequence[int] | Tensor,
+    seeds: Sequence[int],
+    batch_size: int,
+    given: Sequence[Tensor | None],
+) -> Tensor:
+    """Every group of samples with its plan; the results in the order that was asked for."""
+    labels = check_labels(cond, model)
+    seeds = check_seeds(seeds, len(labels))
+    parts, places = [], []
+    for plan, group in routed.groups(labels, seeds):
+        x, mu, origin = (None if v is None else v[group] for v in given)
+        parts.append(sample(model, plan, labels[group], [seeds[i] for i in group], batch_size, x, mu, origin))
+        places += group
+    return torch.cat(parts)[torch.tensor(places).argsort()]
 
 
 def sized(model: Denoiser, size: Sequence[int] | None, extrapolation: str | None) -> Denoiser:
