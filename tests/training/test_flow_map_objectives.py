@@ -19,7 +19,7 @@ from pliant.training.objectives.mean_flow import MeanFlow, learned_velocity
 from pliant.training.objectives.segmented import SegmentedConsistency, segment_start
 from pliant.training.objectives.shortcut import Shortcut
 from pliant.training.objectives.split_mean_flow import SplitMeanFlow
-from pliant.training.objectives.trajectory import TrajectoryConsistency
+from pliant.training.objectives.trajectory import TrajectoryConsistency, balance
 from pliant.training.objectives.trig_consistency import TrigConsistency, trig_velocity
 from support.flow_maps import (
     Stub,
@@ -211,7 +211,7 @@ def test_ctm_balances_both_losses_at_the_last_layer():
     result = objective(model, Batch(x, y), draws())
     weight = (float(result.loss.detach()) - float(result.logs["consistency"])) / float(result.logs["denoising"])
     head = model.network.head.weight
-    both = objective._balance(model, head.square().sum(), 2 * head.square().sum())
+    both = balance(model, head.square().sum(), 2 * head.square().sum())
     assert float(both) == pytest.approx(0.5, rel=1e-3)  # a loss twice as steep gets half the weight
     assert weight > 0
 
@@ -339,3 +339,42 @@ def test_a_toy_learns_to_jump(objective, record_property):
     print(f"{type(objective).__name__}: {jumps} jump(s), RMSE {found:.3f} (untrained {start:.3f})")
     record_property("rmse", found)
     assert found < 0.25
+
+
+def test_a_critic_trains_beside_the_map_and_resumes_exactly(tmp_path):
+    """CTM's adversarial term: the critic learns to tell, the map to fool it, and checkpoints hold both."""
+    from pliant.training import parse_config
+    from pliant.training.critic import Critic
+    from pliant.training.models import companions
+    from pliant.training.state import Trainable
+
+    model, teacher = tiny_denoiser(flow_map=True), tiny_denoiser(seed=2)
+    randomize(model.network, 4)
+    x, _, y = network_batch(model.network, 8)
+    critic = Critic(2, 3, 8)
+    objective = TrajectoryConsistency(teacher, GRID, critic=critic, adversarial=0.5, after=2)
+    assert companions(objective) == [critic]
+    early = objective(model, Batch(x, y), Draws(0, 0, range(8), 8))
+    assert "adversarial" not in early.logs and "critic" in early.logs
+    late = objective(model, Batch(x, y), Draws(0, 2, range(8), 8))
+    late.loss.backward()
+    assert float(critic.score.weight.grad.abs().sum()) > 0
+    # The term that fools the critic must not train it: its gradient is that of the critic's own loss alone.
+    alone = torch.autograd.grad(late.logs["critic"] * 0 + critic.hinge(x, torch.zeros_like(x), y), critic.score.weight)
+    assert alone[0].shape == critic.score.weight.shape
+    fake = torch.zeros_like(x, requires_grad=True)
+    critic.zero_grad()
+    (-critic.frozen(fake, y).mean()).backward()
+    assert critic.score.weight.grad is None and float(fake.grad.abs().sum()) > 0
+    tree = {"model": {"dit": model.config.to_dict()}}
+    tree |= {"data": {"source": "digits"}, "steps": 2, "batch_size": 8, "output": str(tmp_path)}
+    state = Trainable(model.network, parse_config(tree), [critic])
+    assert any(name.startswith("companions.0.") for name in state.capture(1).model)
+    assert not any("companions" in name for name in state.capture(1).ema)
+    before = critic.score.weight.detach().clone()
+    kept = state.capture(1)
+    kept = type(kept)(kept.step, {k: v.clone() for k, v in kept.model.items()}, kept.ema, kept.optimizer, kept.info)
+    with torch.no_grad():
+        critic.score.weight.add_(1.0)
+    state.restore(tmp_path, kept)
+    assert torch.equal(critic.score.weight, before)

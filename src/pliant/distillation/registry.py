@@ -95,6 +95,10 @@ _ENTRIES = (
         "CTM, arXiv 2310.02279",
     ),
     Entry(
+        "ctm-adversarial", "flow_maps", "FlowMap", "CTM with a critic that tells samples from data",
+        "CTM, arXiv 2310.02279",
+    ),
+    Entry(
         "tscd", "flow_maps", "SegmentedMap", "CTM in 8, 4, 2 and at last 1 segment of time",
         "Hyper-SD, arXiv 2404.13686",
     ),

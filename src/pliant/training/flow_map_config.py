@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
+from pliant.training.critic import Critic
 from pliant.training.distill_config import density
 from pliant.training.flow_config import MetricConfig, load_teacher
 from pliant.training.objectives.alpha_flow import AlphaFlow, Curriculum
@@ -137,6 +138,10 @@ class TrajectoryConfig(ObjectiveSection):
     guidance: float = Field(default=1.0, ge=0)
     metric: MetricConfig = MetricConfig()
     denoising: float = Field(default=1.0, ge=0)
+    adversarial: float = Field(default=0.0, ge=0)
+    """Weight of the adversarial term; 0: there is no critic."""
+    after: int = Field(default=0, ge=0)
+    """Step from which it counts."""
     class_dropout: float = Dropout
 
     def build(self, denoiser: Denoiser) -> Objective:
@@ -144,8 +149,15 @@ class TrajectoryConfig(ObjectiveSection):
         teacher = load_teacher(self.teacher, "objective.teacher")
         metric = self.metric.build()
         return TrajectoryConsistency(
-            teacher, tuple(times), self.most, self.guidance, metric, self.denoising, self.class_dropout
-        )
+            teacher, tuple(times), self.most, self.guidance, metric, self.denoising, self.class_dropout,
+            self._critic(denoiser), self.adversarial, self.after,
+        )  # fmt: skip
+
+    def _critic(self, denoiser: Denoiser) -> Critic | None:
+        if not self.adversarial:
+            return None
+        channels, height, width = denoiser.sample_shape
+        return Critic(channels, denoiser.num_classes, max(height, width))
 
 
 class SegmentedConfig(ObjectiveSection):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pliant.denoiser import Denoiser
 from pliant.plans import Plan, Sampler
@@ -52,6 +52,15 @@ def teachers(value: object) -> list[Denoiser]:
     if not is_dataclass(value) or isinstance(value, type):
         return []
     return [found for field in fields(value) for found in teachers(getattr(value, field.name))]
+
+
+def companions(value: object) -> list[nn.Module]:
+    """All modules in the fields of a dataclass and of dataclasses in them: what trains beside the network."""
+    if isinstance(value, nn.Module):
+        return [value]
+    if not is_dataclass(value) or isinstance(value, type | Denoiser):
+        return []
+    return [found for field in fields(value) for found in companions(getattr(value, field.name))]
 
 
 def averaged(denoiser: Denoiser, ema: EMA) -> Denoiser:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,24 @@ from pliant.training.fingerprint import changed_settings, frozen_hash
 
 logger = logging.getLogger("pliant.training")
 
+COMPANIONS = "companions"
+"""Begins the names of companions' tensors in checkpoints."""
+
 
 class Trainable:
     """The mutable half of a run. Everything else is computed from the configuration and the step number."""
 
-    def __init__(self, network: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, network: nn.Module, config: TrainConfig, companions: Sequence[nn.Module] = ()) -> None:
+        """companions: modules that train beside the network (critics): in checkpoints, but not averaged."""
         self.network, self.config = network, config
+        self.companions = nn.ModuleList(companions)
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ConfigError("nothing to train: every parameter of the model is frozen")
         self._frozen = frozen_hash(network)
-        self.ema = EMA(self.parameters, config.ema.decay, config.ema.warmup)
+        self.ema = EMA(dict(self.parameters), config.ema.decay, config.ema.warmup)
+        beside = {f"{COMPANIONS}.{name}": p for name, p in self.companions.named_parameters() if p.requires_grad}
+        self.parameters.update(beside)
         device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -78,6 +85,7 @@ class Trainable:
         self.optimizer.load_state_dict(dict(state.optimizer))
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint stores of the model: trainable parameters and persistent buffers."""
+        """What a checkpoint stores of the model and its companions: trainable parameters and persistent buffers."""
         frozen = {name for name, p in self.network.named_parameters() if not p.requires_grad}
-        return {name: tensor for name, tensor in self.network.state_dict().items() if name not in frozen}
+        own = {name: tensor for name, tensor in self.network.state_dict().items() if name not in frozen}
+        return {**own, **{f"{COMPANIONS}.{name}": tensor for name, tensor in self.companions.state_dict().items()}}

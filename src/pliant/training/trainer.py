@@ -32,7 +32,7 @@ from pliant.training.draws import Draws
 from pliant.training.grids import grid_sampler
 from pliant.training.low_rank import merge_low_rank
 from pliant.training.metrics import Reporter, Window
-from pliant.training.models import prepared
+from pliant.training.models import companions, prepared
 from pliant.training.objectives import Batch, Objective, SizedBatch
 from pliant.training.prefetch import Prefetch, moved, pinned
 from pliant.training.refinement import NORMS, Refined, gradient_norm, read_norms, refine_schedule
@@ -98,6 +98,7 @@ class StepModule(nn.Module):
     def __init__(self, denoiser: Denoiser, objective: Objective, bf16: bool) -> None:
         super().__init__()
         self.network = denoiser.network
+        self.companions = nn.ModuleList(companions(objective))
         self._denoiser, self._objective, self._bf16 = denoiser, objective, bf16
 
     def forward(self, batch: Batch | SizedBatch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,7 +129,8 @@ class Trainer:
         self.blocks = self.accelerator.num_processes * config.accumulate
         """Forward passes of an optimizer step, over all processes."""
         self.denoiser = denoiser.to(self.device)
-        self.state = Trainable(self.denoiser.network.train(), config)
+        beside = [module.to(self.device) for module in companions(objective)]
+        self.state = Trainable(self.denoiser.network.train(), config, beside)
         objective = prepared(objective, self.denoiser, self.state.ema)
         step_module = StepModule(self.denoiser, objective, config.precision == "bf16")
         self.step_module = self.accelerator.prepare_model(step_module)

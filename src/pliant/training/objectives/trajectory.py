@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pliant.errors import ConfigError
+from pliant.training.critic import Critic
 from pliant.training.draws import Draws
 from pliant.training.losses import Compared, Metric, SquaredError
 from pliant.training.objectives.base import Batch, Loss, drop_labels
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrajectoryConsistency:
-    """CTM's soft consistency loss plus its denoising loss, balanced by their gradients at the network's last layer."""
+    """CTM's soft consistency loss, its denoising loss and an adversarial one, balanced by last-layer gradients."""
 
     teacher: Denoiser
     times: tuple[float, ...]
@@ -36,6 +37,12 @@ class TrajectoryConsistency:
     denoising: float = 1.0
     """Weight of the denoising loss (velocity matching where the jump has no length); 0: without."""
     class_dropout: float = 0.0
+    critic: Critic | None = None
+    """Tells samples from data, and trains beside the map; None: no adversarial term."""
+    adversarial: float = 0.1
+    """Weight of the adversarial term, relative to the consistency's gradient."""
+    after: int = 0
+    """Step from which it counts; the critic trains from the start."""
     average: Denoiser | None = None
 
     needs_partners = False
@@ -59,12 +66,19 @@ class TrajectoryConsistency:
         estimate = jump(self.average or denoiser, landed, grid[landing], torch.zeros_like(clean), labels)
         compared = Compared(estimate, target, grid[start], lambda: estimate, target)
         consistency = self.metric(compared).mean()
-        if not self.denoising:
-            return Loss(consistency, {"consistency": consistency.detach()})
-        matching = self._denoising(denoiser, batch, draws, labels)
-        weight = self.denoising * self._balance(denoiser, consistency, matching)
-        logs = {"consistency": consistency.detach(), "denoising": matching.detach()}
-        return Loss(consistency + weight * matching, logs)
+        total, logs = consistency, {"consistency": consistency.detach()}
+        if self.denoising:
+            matching = self._denoising(denoiser, batch, draws, labels)
+            total = total + self.denoising * balance(denoiser, consistency, matching) * matching
+            logs["denoising"] = matching.detach()
+        if self.critic is not None:
+            judged = self.critic.hinge(batch.images, estimate, labels)
+            total, logs["critic"] = total + judged, judged.detach()
+            if draws.step >= self.after:
+                fooled = -self.critic.frozen(estimate, labels).mean()
+                total = total + self.adversarial * balance(denoiser, consistency, fooled, 0.01, 10.0) * fooled
+                logs["adversarial"] = fooled.detach()
+        return Loss(total, logs)
 
     @torch.no_grad()
     def target(
@@ -97,20 +111,6 @@ class TrajectoryConsistency:
         target = denoiser.path.target("velocity", batch.images, noise, t)
         return (denoiser(x, t, labels, lands=t).to("velocity") - target).square().mean()
 
-    def _balance(self, denoiser: Denoiser, consistency: Tensor, matching: Tensor) -> Tensor | float:
-        """`|grad consistency| / |grad denoising|` at the last layer, between 0 and 10^4."""
-        if not torch.is_grad_enabled():
-            return 1.0
-        # A flexible network has a head per patch size, and a call uses one of them.
-        heads = [p for name, p in denoiser.network.named_parameters() if "head" in name and p.requires_grad]
-        if not heads:
-            return 1.0
-        sizes = []
-        for loss in (consistency, matching):
-            found = torch.autograd.grad(loss, heads, retain_graph=True, allow_unused=True)
-            sizes.append(torch.stack([g.norm() for g in found if g is not None]).norm())
-        return (sizes[0] / (sizes[1] + 1e-4)).clamp(0.0, 1e4)
-
     def check(self, denoiser: Denoiser) -> None:
         check_jumps(denoiser, self.teacher, self.times, "ctm")
         if self.most < 1:
@@ -122,6 +122,24 @@ class TrajectoryConsistency:
         flights = sum(k * k for k in range(1, most + 1)) / sum(range(1, most + 1))
         own = 3.0 + 2.0 + 2.0 + (3.0 if self.denoising else 0.0)  # jump, through the average, target, denoising
         return own * denoiser.flops() + 2.0 * flights * guided * self.teacher.flops()
+
+
+def balance(
+    denoiser: Denoiser, main: Tensor, other: Tensor, least: float = 0.0, most: float = 1e4
+) -> Tensor | float:
+    """`|grad main| / |grad other|` at the last layer, between least and most: what makes `other` count as much.
+
+    1 without gradients.
+    """
+    # A flexible network has a head per patch size, and a call uses one of them.
+    heads = [p for name, p in denoiser.network.named_parameters() if "head" in name and p.requires_grad]
+    if not heads or not torch.is_grad_enabled():
+        return 1.0
+    sizes = []
+    for loss in (main, other):
+        found = torch.autograd.grad(loss, heads, retain_graph=True, allow_unused=True)
+        sizes.append(torch.stack([g.norm() for g in found if g is not None]).norm())
+    return (sizes[0] / (sizes[1] + 1e-4)).clamp(least, most)
 
 
 def check_jumps(denoiser: Denoiser, teacher: Denoiser, times: tuple[float, ...], what: str) -> None:
