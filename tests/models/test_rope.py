@@ -40,6 +40,15 @@ def test_reference_frequencies(rule, expected):
     assert f.numpy() == pytest.approx(expected, rel=1e-6, abs=1e-10)
 
 
+def test_lumina_frequency_aware_frequencies() -> None:
+    """Sheet B, 2: 72 features per head, twice as long as the 64 tokens of training; no change at s = 1."""
+    f = frequencies(36, 2.0, "frequency-aware", 64.0)[[0, 1, 2, 4, 9, 17]]
+    assert f.numpy() == pytest.approx([1, 0.5145329, 0.2647441, 0.0700894, 0.005, 0.0000834], abs=1e-7)
+    assert frequencies(36, 1.0, "frequency-aware", 64.0).numpy() == pytest.approx(frequencies(36).numpy(), rel=1e-12)
+    with pytest.raises(ConfigError, match="2 pi"):
+        RopeScaling.named("frequency-aware", 6.0)
+
+
 def test_vision_ntk_scales_every_axis_by_its_own_length():
     lengths = torch.tensor([28.0, 14.0])
     decoupled = frequencies(36, axis_scales(lengths, RopeScaling.named("vision-ntk")), "ntk")[:, 1]

@@ -198,7 +198,9 @@ class FiT(Backbone):
         """Whether training recomputes every block in the backward pass instead of keeping its activations."""
         self.patch_embed = PatchEmbed(config)
         self.time_embed = TimestepEmbedder(config.width, 128)
-        self.label_embed = nn.Embedding(config.label_rows, config.width)
+        # Not drawn here: random numbers on the meta device cost a second of imports.
+        table = torch.empty(config.label_rows, config.width)
+        self.label_embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(
             [RotaryBlock(config.width, config.heads, config.mlp_hidden, config.qk_norm) for _ in range(config.depth)]
         )

@@ -3,7 +3,8 @@
 A token at coordinates `u` (one per axis) turns pair k of its axis's share of every query and key by `u * f_k`, so that
 their product depends on differences of coordinates only. RoPE: arXiv 2104.09864. The rules: linear position
 interpolation (arXiv 2306.15595), NTK-aware and NTK-by-parts scaling, YaRN (arXiv 2309.00071), and FiT's per-axis
-"vision" variants and attention scales (arXiv 2402.12376 and 2410.13925; sheet B, section 1).
+"vision" variants and attention scales (arXiv 2402.12376 and 2410.13925; sheet B, section 1), and Lumina-Next's
+frequency-aware scaling (arXiv 2406.18583; sheet B, section 2).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from pliant.errors import ConfigError, ShapeError, suggest
 
-Rule: TypeAlias = Literal["none", "linear", "ntk", "ntk-by-parts", "yarn"]
+Rule: TypeAlias = Literal["none", "linear", "ntk", "ntk-by-parts", "yarn", "frequency-aware"]
 AttentionScale: TypeAlias = Literal["none", "paper", "code-side", "code-area"]
 
 SCALES = get_args(AttentionScale)
 
-# The names of FiT's paper -> (rule, per axis?).
+# The names of the papers -> (rule, per axis?).
 NAMED: dict[str, tuple[Rule, bool]] = {
     "none": ("none", True),
     "linear": ("linear", False),
@@ -33,6 +34,8 @@ NAMED: dict[str, tuple[Rule, bool]] = {
     "vision-ntk-by-parts": ("ntk-by-parts", True),
     "yarn": ("yarn", False),
     "vision-yarn": ("yarn", True),
+    "frequency-aware": ("frequency-aware", False),
+    "vision-frequency-aware": ("frequency-aware", True),
 }
 
 
@@ -58,6 +61,8 @@ class RopeScaling:
                 raise ConfigError(f"unknown RoPE {name} {getattr(self, name)!r}: {suggest(getattr(self, name), kinds)}")
         if not self.train_length > 0 or not math.isfinite(self.train_length):
             raise ConfigError(f"RoPE train_length must be a positive number, got {self.train_length!r}")
+        if self.rule == "frequency-aware" and self.train_length <= 2 * math.pi:
+            raise ConfigError(f"RoPE rule 'frequency-aware' needs train_length above 2 pi, got {self.train_length}")
         if self.attention in ("paper", "code-side", "code-area") and self.train_length <= 1:
             raise ConfigError(f"attention scale {self.attention!r} needs train_length > 1, got {self.train_length}")
 
@@ -113,6 +118,10 @@ def frequencies(
     if rule == "yarn":
         kept = 1 - _ramp(width, 32, 1, train_length, theta, s.device)
         return plain / s * (1 - kept) + plain * kept
+    if rule == "frequency-aware":
+        # The frequency that turns once within a training image is the first to be divided by all of s.
+        turns = math.log(train_length / (2 * math.pi)) / math.log(theta)
+        return torch.maximum((theta * s ** (1 / turns)) ** -exponents, plain / s)
     if width < 4:
         raise ConfigError(f"RoPE rule {rule!r} needs at least 4 features per axis, got {width}")
     stretched = (theta * s ** (width / (width - 2))) ** -exponents
