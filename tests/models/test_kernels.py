@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pliant.compute import counted_flops
 from pliant.models import kernels
 
 
@@ -22,6 +23,23 @@ def test_equal_to_plain_pytorch(dtype: torch.dtype, tolerance: float, shape: tup
         ]:
             assert ours.dtype == dtype
             assert ((ours.double() - reference).abs() / (1 + reference.abs())).max() < tolerance
+
+
+@pytest.mark.parametrize("amd", [False, True])
+@pytest.mark.parametrize("rows", [3, 2000])
+def test_fp32_on_processors_where_onednn_is_faster(amd: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both routes compute the same, and only large products take the other one; FLOPs are counted either way."""
+    monkeypatch.setattr(kernels, "mkl_is_slow", lambda: amd)
+    torch.manual_seed(0)
+    gate, up, x = torch.nn.Linear(40, 64), torch.nn.Linear(40, 64), torch.randn(1, rows, 40)
+    assert kernels._prefers_onednn(x, gate.weight) == (amd and rows == 2000)
+    with torch.no_grad():
+        exact = F.linear(x.double(), gate.weight.double(), gate.bias.double())
+        assert (kernels.linear(x, gate.weight, gate.bias).double() - exact).abs().max() < 1e-5
+        other = F.linear(x.double(), up.weight.double(), up.bias.double())
+        assert (kernels.linear_silu_gate(x, gate, up).double() - F.silu(exact) * other).abs().max() < 1e-5
+        assert counted_flops(lambda: kernels.linear(x, gate.weight, gate.bias)) == 2 * rows * 40 * 64
+        assert counted_flops(lambda: kernels.linear_silu_gate(x, gate, up)) == 4 * rows * 40 * 64
 
 
 def test_gradients_take_the_plain_route() -> None:

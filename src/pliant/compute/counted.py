@@ -37,7 +37,9 @@ def _cpu_operators() -> dict[Any, Any]:
 
 
 def _linear_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """A linear with its bias and activation fused: (..., in) by (out, in)."""
+    """A linear with its bias and activation fused: (..., in) by (out, in); the weight comes third where something is
+    multiplied in as well."""
+    weight = args[0] if args and args[0] is not None and len(args[0]) == 2 else weight
     return 2 * math.prod(x) * int(weight[0])
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pliant.models import kernels
 from pliant.models.layers import linear, modulated_norm, per_token
 from pliant.models.network import Size
 from pliant.models.rope import apply_rope
@@ -58,7 +59,10 @@ class RotaryBlock(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         """SwiGLU on (..., D)."""
-        hidden = F.silu(linear(x, self.fc1_gate, None)) * linear(x, self.fc1, None)
+        if type(self.fc1) is nn.Linear and type(self.fc1_gate) is nn.Linear:
+            hidden = kernels.linear_silu_gate(x, self.fc1_gate, self.fc1)
+        else:
+            hidden = F.silu(linear(x, self.fc1_gate, None)) * linear(x, self.fc1, None)
         return linear(hidden, self.fc2, None)
 
     def packed(self, xs: Sequence[Tensor], modulations: Sequence[Tensor], ropes: Sequence[Rope]) -> list[Tensor]:
