@@ -50,10 +50,11 @@ def joint(
         check_order(order)
     modes = tuple(modes or modes_of(task))
     price = [_price(task, mode) for mode in modes]
-    limit = task.limit
+    # What a plan spends besides its steps: nothing of FLOPs, a little of seconds.
+    beside = task.budget.spent(_few(task, modes[0], 1), model) - price[0]
+    limit = task.limit - max(0.0, beside)
     if min(price) > limit:
-        cheapest = modes[price.index(min(price))]
-        raise task.too_small(Plan.uniform(model, 1, "ddim", cheapest.compute, cheapest.guidance))
+        raise task.too_small(_few(task, modes[price.index(min(price))], 1))
     search = prepare(task, seed, nodes, samples, modes)
     weight = growth(search.field, search.teacher)
     patches = weak_first([float(model.flops(mode.compute)) for mode in modes])
@@ -88,8 +89,12 @@ def modes_of(task: Task) -> list[Mode]:
 
 def _price(task: Task, mode: Mode) -> float:
     """What one more step of a mode spends, in the budget's unit."""
-    one, two = (Plan.uniform(task.model, n, "ddim", mode.compute, mode.guidance) for n in (1, 2))
-    return task.budget.spent(two, task.model) - task.budget.spent(one, task.model)
+    one, two = (task.budget.spent(_few(task, mode, count), task.model) for count in (1, 2))
+    return two - one
+
+
+def _few(task: Task, mode: Mode, steps: int) -> Plan:
+    return Plan.uniform(task.model, steps, "ddim", mode.compute, mode.guidance)
 
 
 def _defaults(task: Task) -> list[Plan]:

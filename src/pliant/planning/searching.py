@@ -40,8 +40,8 @@ class Search:
 
 
 def planner_seeds(seed: int, count: int, purpose: int = 0) -> list[int]:
-    """Seeds of images that a planner looks at: apart for every seed and purpose, and from those of confirmations."""
-    first = (seed + 1) * 100_000 + purpose * 10_000
+    """Seeds of images that a planner looks at: apart for every seed and purpose, and from those that people choose."""
+    first = 100_000_000 + seed * 100_000 + purpose * 10_000
     return list(range(first, first + count))
 
 

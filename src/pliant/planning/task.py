@@ -50,10 +50,11 @@ class Task:
     ) -> Task:
         if steps < 1:
             raise PlanError(f"the plan of full compute needs at least one step, got {steps}")
-        facts = {"budget": str(budget), "steps": steps, "guidance": guidance, "seed": seed, **settings}
+        wanted = parse_budget(budget)
+        facts = {"budget": wanted.amount, "steps": steps, "guidance": guidance, "seed": seed, **settings}
         if objective is not None:
             facts["objective"] = objective.describe()
-        return Task(planner, model, parse_budget(budget), steps, guidance, objective, progress, facts)
+        return Task(planner, model, wanted, steps, guidance, objective, progress, facts)
 
     @property
     def cfg(self) -> Guidance | None:
