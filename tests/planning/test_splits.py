@@ -12,7 +12,8 @@ from pliant.planning import Score, get_planner
 from pliant.planning.spectral import spectrum_of, switched, weak_until
 from pliant.planning.task import Task
 from pliant.planning.weak_split import split
-from pliant.plans import Plan
+from pliant.plans import Budget, Plan
+from support.throughput import synthetic_table
 
 MODEL = pliant.load("digits")
 WEAK = Compute.of(patch=2)
@@ -98,3 +99,22 @@ def test_the_spectral_planner_spends_the_budget() -> None:
 def test_a_model_measures_its_own_spectrum() -> None:
     measured = spectrum_of(Task.begin("spectral", MODEL, "50%", None, 2, None, 0, None), 0, count=16)
     assert measured.at(0.5) > measured.at(4.0) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("weak-split", {}),
+        ("spectral", {"spectrum": PowerLaw(3.0, 2.0)}),
+        ("joint", {"nodes": 4, "samples": 2, "trials": 1}),
+    ],
+)
+def test_budgets_in_seconds(name: str, options: dict[str, object]) -> None:
+    """A made-up table of times: plans keep to the seconds, also with what a plan spends besides its steps."""
+    table = synthetic_table(MODEL)
+    full = Budget(seconds=1.0, throughput=table).spent(Plan.uniform(MODEL, 10, guidance=1.5), MODEL)
+    budget = Budget(seconds=0.45 * full, throughput=table)
+    objective = MostWeakSteps() if name == "joint" else None
+    found = get_planner(name)(MODEL, budget, objective=objective, steps=10, guidance=1.5, **options)
+    assert 0.25 * full < budget.spent(found.plan, MODEL) <= 0.4505 * full
+    assert found.settings["budget"].endswith("s")
