@@ -26,6 +26,7 @@ from pliant.cli import (
     plan,
     sample,
     solvers,
+    straightness,
     stream,
     train,
 )
@@ -68,7 +69,7 @@ def root(
 
 VERBS = (
     demo, info, convert, encode, flexify, exits, train, distill, bench, plan, sample, stream, evaluate, frontier,
-    solvers,
+    straightness, solvers,
 )  # fmt: skip
 for verb in VERBS:
     verb.register(app)
