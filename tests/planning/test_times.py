@@ -12,7 +12,7 @@ from pliant.errors import PlanError
 from pliant.guidance import Guidance
 from pliant.paths import get_path
 from pliant.planning import SampleError, TeacherSettings, get_planner
-from pliant.planning.dynamic_programming import budgeted_path, priced_path, shortest_path
+from pliant.planning.dynamic_programming import budgeted_path, shortest_path
 from pliant.planning.edges import edge_costs
 from pliant.planning.field import FunctionField, Mode, ModelField
 from pliant.planning.propagation import growth, optimal_steps
@@ -63,8 +63,8 @@ def test_paths_equal_brute_force(discount: float) -> None:
         assert found.places == best[1]
 
 
-def brute(cost: torch.Tensor, price: list[float], limit: float, multiplier: float = 0.0) -> float:
-    """The least sum of errors (plus priced money) of all paths and modes within a limit."""
+def brute(cost: torch.Tensor, price: list[float], limit: float) -> float:
+    """The least sum of errors of all paths and modes within a limit."""
     m = cost.shape[1] - 1
     best = float("inf")
     for k in range(m):
@@ -74,7 +74,7 @@ def brute(cost: torch.Tensor, price: list[float], limit: float, multiplier: floa
                 money = sum(price[c] for c in modes)
                 if money <= limit + 1e-9:
                     error = sum(float(cost[c, a, b]) for c, a, b in zip(modes, way, way[1:], strict=False))
-                    best = min(best, error + multiplier * money)
+                    best = min(best, error)
     return best
 
 
@@ -92,10 +92,6 @@ def test_money_and_modes_equal_brute_force() -> None:
             assert found.value == pytest.approx(brute(cost, price, limit), rel=1e-12)
             assert sum(price[k] for k in found.modes) <= limit + 1e-9
             assert len(found.modes) == len(found.places) - 1
-        for multiplier in (0.01, 0.3, 3.0):
-            found = priced_path(cost, price, multiplier)
-            money = sum(price[k] for k in found.modes)
-            assert found.value + multiplier * money == pytest.approx(brute(cost, price, 1e9, multiplier), rel=1e-12)
 
 
 def test_impossible_paths_are_refused() -> None:

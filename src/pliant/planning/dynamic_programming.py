@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -47,28 +46,6 @@ def shortest_path(cost: Tensor, edges: int, discount: float = 1.0) -> Route:
         place = int(choice[place])
         places.append(place)
     return Route((*places, m), (0,) * edges, float(value[0]))
-
-
-def priced_path(cost: Tensor, price: Sequence[float], multiplier: float) -> Route:
-    """The path 0 -> M, of any number of edges, with the least sum of cost + multiplier * price (a Lagrangian).
-
-    cost: (modes, M+1, M+1); price: one per mode. `value` is the sum of costs alone.
-    """
-    m = _last(cost[0])
-    total = cost.double() + multiplier * torch.tensor(list(price), dtype=torch.float64)[:, None, None]
-    best, mode = total.min(0)
-    value = [math.inf] * m + [0.0]
-    follow = [m] * (m + 1)
-    for i in range(m - 1, -1, -1):
-        options = best[i, i + 1 :] + torch.tensor(value[i + 1 :], dtype=torch.float64)
-        k = int(options.argmin())
-        value[i], follow[i] = float(options[k]), i + 1 + k
-    places = [0]
-    while places[-1] != m:
-        places.append(follow[places[-1]])
-    pairs = list(pairwise(places))
-    modes = tuple(int(mode[i, j]) for i, j in pairs)
-    return Route(tuple(places), modes, sum(float(cost[k, i, j]) for k, (i, j) in zip(modes, pairs, strict=True)))
 
 
 def budgeted_path(cost: Tensor, price: Sequence[float], limit: float, width: int = 10**9) -> Route:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.guidance import Guidance, weak_scale
+from pliant.planning.dynamic_programming import budgeted_path
+from pliant.planning.edges import edge_costs
 from pliant.planning.field import Mode
 from pliant.planning.joint_search import JointSearch, weak_first
 from pliant.planning.objective import Objective
@@ -18,6 +22,9 @@ from pliant.planning.searching import plan_of, prepare
 from pliant.planning.stepping import SOLVER_OF_ORDER, check_order
 from pliant.planning.task import Task
 from pliant.plans import Budget, Plan, weakest
+
+LABELS = 64
+"""Ways kept per node by the path through one-step errors."""
 
 
 def joint(
@@ -39,6 +46,9 @@ def joint(
 ) -> PlanResult:
     """The number of steps, their times, and each step's patch size and guidance, within the budget.
 
+    Two searches: the path through one-step errors, weighed by how much of them arrives (`budgeted_path`; BOSS with
+    modes and money), and the student's own state (`JointSearch`), which is usually much better.
+
     modes: what steps may use; default: `modes_of`. Searched with steps of every order in `orders`, once in any order of
     modes and once weak modes first (the error to the teacher's samples misjudges the order of computes). The nearest
     `finalists` of every search, the first of them after `trials` small changes (`polished`), are measured by the
@@ -59,7 +69,10 @@ def joint(
     weight = growth(search.field, search.teacher)
     patches = weak_first([float(model.flops(mode.compute)) for mode in modes])
     variants = [(order, phases) for order in orders for phases in dict.fromkeys([(0,) * len(modes), patches])]
-    calls, plans = 0, []
+    table = torch.stack([edge_costs(search.field, search.teacher, mode) for mode in range(len(modes))])
+    additive = budgeted_path(table * weight, price, limit, LABELS)
+    calls = nodes * (2 + len(modes))
+    plans = [plan_of(task, search, additive, SOLVER_OF_ORDER[order]) for order in orders]
     for k, (order, phases) in enumerate(variants):
         found = JointSearch(search.field, search.teacher, price, order, phases, weight)
         report = None if progress is None else _shifted(progress, k * sweeps, len(variants) * sweeps)
