@@ -59,7 +59,7 @@ class Table:
             return
         sampler = Sampler(denoiser, plan)
         report = evaluate(
-            lambda labels, seeds: sampler(labels, seeds).clamp(-1, 1), self.reference, self.extractor, self.args.num, batch=125,
+            lambda labels, seeds: sampler(labels, seeds).clamp(-1, 1).cpu(), self.reference, self.extractor, self.args.num, batch=125,
             num_classes=denoiser.num_classes, repeats=self.args.repeats, describe={"plan": plan.digest()},
         )  # fmt: skip
         cost = plan.cost(denoiser)
@@ -90,7 +90,7 @@ def straight_row(table: Table, name: str, model: pliant.Denoiser) -> None:
 def train(table: Table, name: str, shared: dict[str, str]) -> Path | None:
     """The folder of the recipe's model; None if it is not there and none is to be trained."""
     args, folder = table.args, Path(table.args.out) / name
-    if (folder / "done.json").exists():
+    if (folder / "done.json").exists() or (args.no_train and (folder / "model").exists()):
         return folder / "model"
     if args.no_train:
         return None
@@ -128,11 +128,12 @@ def shared_pairs(args: argparse.Namespace, names: list[str]) -> dict[str, str]:
 
 
 def recipe_rows(table: Table, name: str, folder: Path) -> None:
-    model = pliant.load(folder)
+    model = pliant.load(folder).to(table.args.device)
     own = Plan.own(model)
     assert own is not None
-    solver, done = own.steps[0].solver.name, json.loads((folder.parent / "done.json").read_text())
-    facts = {"model": name, "solver": solver, "cpu_seconds": done["cpu_seconds"], "parameters": sum(p.numel() for p in model.parameters())}
+    solver, file = own.steps[0].solver.name, folder.parent / "done.json"
+    spent = json.loads(file.read_text())["cpu_seconds"] if file.exists() else None
+    facts = {"model": name, "solver": solver, "cpu_seconds": spent, "parameters": sum(p.numel() for p in model.parameters())}
     if any(step.compute != own.steps[0].compute for step in own.steps):  # else it is one of the rows below
         table.measure(f"{name}/own plan", model, own, patch="plan", **facts)
     for count in COUNTS:
@@ -154,7 +155,7 @@ def markdown(table: Table) -> str:
         return f"{distance['mean']:.3f} ± {distance['std'] or 0:.3f}"
 
     def spent(name: str) -> str:
-        found = [r for r in rows.values() if r["model"] == name and "cpu_seconds" in r]
+        found = [r for r in rows.values() if r["model"] == name and r.get("cpu_seconds")]
         return f"{found[0]['cpu_seconds']:.0f} s" if found else ""
 
     def straight(name: str) -> str:
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="recipes, in this order; default: all")
+    parser.add_argument("--device", default="cpu", help="of the measurements; training takes the GPU if there is one")
     parser.add_argument("--no-train", action="store_true", help="measure what is trained, train nothing")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
@@ -200,7 +202,7 @@ def main() -> None:
         if folder is not None:
             recipe_rows(table, name, folder)
         Path(args.out, "few-step.md").write_text(markdown(table))
-    teacher_rows(table, pliant.load(args.teacher))
+    teacher_rows(table, pliant.load(args.teacher).to(args.device))
     Path(args.out, "few-step.md").write_text(markdown(table))
     print(markdown(table))
 

@@ -62,7 +62,7 @@ class Workshop:
         if part.folder is not None:
             PairSet(part.folder)
             return part.folder
-        denoiser = load(teacher)
+        denoiser = _placed(teacher)
         plan = part.plan.build(denoiser)
         wanted = Wanted(part.count, part.first_seed, part.shard_size)
         target = self.folder / stage
@@ -75,7 +75,7 @@ class Workshop:
         from pliant.distillation.pairs import invert_images
         from pliant.training.setup import open_data
 
-        denoiser = load(teacher)
+        denoiser = _placed(teacher)
         target = self.folder / stage
         with self.progress(f"{stage}: real images to noise") as advance:
             invert_images(target, denoiser, plan.build(denoiser), open_data(data, denoiser), progress=advance)
@@ -87,7 +87,7 @@ class Workshop:
         """The folder of a store of a teacher's trajectories, kept at these steps of its plan."""
         from pliant.distillation.pairs import Wanted, generate_trajectories
 
-        denoiser = load(teacher)
+        denoiser = _placed(teacher)
         target = self.folder / stage
         with self.progress(f"{stage}: trajectories of the teacher") as advance:
             generate_trajectories(
@@ -189,6 +189,15 @@ def _open(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
         write_json(file, dict(settings))
     except OSError as error:
         raise PliantError(f"cannot create the folder {folder}: {error.strerror or error}") from None
+
+
+def _placed(source: str) -> Denoiser:
+    """A model on this process's device, for inference."""
+    from accelerate import PartialState
+
+    denoiser = load(source)
+    denoiser.network.requires_grad_(False)
+    return denoiser.to(PartialState().device)
 
 
 def _is_main() -> bool:
