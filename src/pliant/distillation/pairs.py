@@ -187,11 +187,12 @@ def _fill(
         _begin(folder, index)
     state.wait_for_everyone()
     missing = missing_shards(folder, index)
-    mine = missing[state.process_index :: state.num_processes]
+    # By number, not by place in the list: another process may have written some since.
+    mine = [k for k in missing if k % state.num_processes == state.process_index]
     done = index.shards - len(missing)
     for k, number in enumerate(mine):
         if progress is not None:
-            progress(done + k * state.num_processes, index.shards)
+            progress(min(index.shards, done + k * state.num_processes), index.shards)
         try:
             write_shard(folder, number, shard(index.rows(number)))
         except OSError as error:
