@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,15 @@ def test_undominated() -> None:
 def test_without_matplotlib_there_is_no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     assert frontier_plot.plot([], "", "", 0.9, "") is None
+
+
+def test_the_plan_of_a_few_step_model_is_a_point(flexible: Path, run: Run, tmp_path: Path) -> None:
+    model = pliant.load(flexible)
+    plan = Plan.uniform(model, 2, "euler")
+    pliant.save(replace(model, own_plan=plan.to_dict()), tmp_path / "few")
+    options = ("--budgets", "50%", "--solvers", "none", "--planners", "none", "--rounds", 0)
+    found = run("frontier", tmp_path / "few", *FAST, *options, "-o", tmp_path / "out", "--json")
+    assert found.code == 0, found.err
+    rows = [(r["family"], r["plan"]) for r in found.json["rows"]]
+    assert rows[1:] == [("the model's own plan", plan.digest())]
+    assert found.json["rows"][1]["seconds_per_image"] is None

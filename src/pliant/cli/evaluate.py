@@ -147,7 +147,7 @@ def evaluate(
             first_seed=seed,
             repeats=repeats,
             describe=recipe_facts(opened, chosen, decode, batch_size),
-            progress=advance,
+            progress=advance if processes.main else None,
             processes=processes,
         )
     if not processes.main:
