@@ -2,7 +2,7 @@
 recipes.
 """
 
-from pliant.evaluation.bootstrap import Interval, bootstrap_interval, resampled_distances, student_interval
+from pliant.evaluation.bootstrap import Interval, Spread, bootstrap_interval, spread, student_interval
 from pliant.evaluation.evaluate import assigned_labels, evaluate, evaluate_images
 from pliant.evaluation.features import (
     Classifier,
@@ -58,6 +58,7 @@ __all__ = [
     "Processes",
     "Reference",
     "SpatialExtractor",
+    "Spread",
     "assigned_labels",
     "available_extractors",
     "bootstrap_interval",
@@ -83,8 +84,8 @@ __all__ = [
     "precision_recall",
     "read_npz",
     "reference_of",
-    "resampled_distances",
     "save_reference",
+    "spread",
     "student_interval",
     "to_uint8",
     "write_npz",

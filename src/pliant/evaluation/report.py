@@ -46,9 +46,7 @@ class EvaluationReport:
 
     metric: str  # e.g. "Fréchet distance (digits-classifier)"
     distance: Measure  # each value from recipe["images"] images
-    interval: (
-        Interval | None
-    )  # of the distance's mean; None where features are too many or long for a bootstrap
+    interval: Interval | None  # of the distance's mean; None where features are too many or long for a bootstrap
     interval_how: str  # level and method, "" without one
     extrapolated: float | None  # `distance` for infinitely many samples, from all images; None if too few or too many
     spatial: Measure | None  # Fréchet distance of spatial features; sFID with Inception's

@@ -18,7 +18,7 @@ from pliant.evaluation import (
     frechet_distance,
     to_uint8,
 )
-from pliant.evaluation.bootstrap import bootstrap_interval, normal_interval, resampled_distances
+from pliant.evaluation.bootstrap import bootstrap_interval, normal_interval, spread
 from pliant.planning.objective import LEVEL, Remembered, Score
 from pliant.planning.teacher import labels_of
 from pliant.plans import Plan, sample
@@ -99,11 +99,7 @@ class FrechetObjective(Remembered):
         """
         pair = [self.features(p) for p in (plan, other)]
         statistics = self.reference.statistics
-        value, draws = [], []
-        for features in pair:
-            value.append(frechet_distance(FeatureStatistics.of(features, statistics.provenance), statistics))
-            draws.append(resampled_distances(features, statistics, groups=self.labels))
-        groups = len(self.labels.unique())
-        spread = float((draws[0] - draws[1]).std()) * (self.num / (self.num - groups)) ** 0.5
-        found = normal_interval(value[0] - value[1], spread, LEVEL)
+        value = [frechet_distance(FeatureStatistics.of(f, statistics.provenance), statistics) for f in pair]
+        first, second = (spread(f, statistics, groups=self.labels) for f in pair)
+        found = normal_interval(value[0] - value[1], (first - second).error, LEVEL)
         return Score(found.value, found.low, found.high, self.num)

@@ -24,6 +24,8 @@ from pliant.planning.objective import LEVEL
 from pliant.plans import Plan, Sampler
 from pliant.plans.engine import Weights
 
+METHOD = 2
+"""Raised when the same facts give another number or error than before."""
 BOOTSTRAP_DIM = 256
 """Largest feature for which two hundred resampled distances take seconds."""
 
@@ -70,7 +72,7 @@ class QualityStore:
         self.folder, self.facts = folder, facts
 
     def file(self, plan: Plan, objective: FrechetObjective) -> Path:
-        said = json.dumps({**self.facts, **objective.describe()}, sort_keys=True, default=str)
+        said = json.dumps({"method": METHOD, **self.facts, **objective.describe()}, sort_keys=True, default=str)
         return self.folder / f"{plan.digest()}-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
 
     def known(self, plan: Plan, objective: FrechetObjective) -> Repeat | None:
