@@ -35,6 +35,19 @@ def test_a_pair_of_files_is_loaded_by_folder_or_by_either_file(tmp_path: Path, n
         assert torch.equal(decoded(loaded, latents, None), network.decode(latents).sample)
 
 
+def test_a_pair_of_safetensors_files(tmp_path: Path) -> None:
+    """Sorted by name, where "10." comes before "2.": the last convolution is found all the same."""
+    from safetensors.torch import save_file
+
+    network = written_tiny(tmp_path, TinyConfig(5, True))
+    for part in ("encoder", "decoder"):
+        save_file(getattr(network, part).state_dict(), tmp_path / f"other_{part}.safetensors")
+    loaded = load_autoencoder(str(tmp_path / "other_decoder.safetensors"))
+    images = torch.rand(1, 3, 8, 16, generator=torch.Generator().manual_seed(1))
+    assert latent_channels(loaded) == 5
+    assert torch.equal(encoded(loaded, images, None), network.encode(images).latents)
+
+
 def test_normalisation_is_undone_once(tmp_path: Path) -> None:
     written_tiny(tmp_path, TinyConfig(2, False))
     network = load_autoencoder(str(tmp_path))
