@@ -105,6 +105,20 @@ def test_features_of_our_classifier_are_a_perceptual_distance() -> None:
         get_perceptual("vgg")
 
 
+def test_absent_packages_are_named() -> None:
+    import importlib.util
+
+    from pliant.training.couplings import assignment
+
+    x = torch.zeros(2, 1, 8, 8)
+    if importlib.util.find_spec("lpips") is None:
+        with pytest.raises(ConfigError, match="pip install lpips"):
+            get_perceptual("lpips")(x, x)
+    if importlib.util.find_spec("ot") is None:
+        with pytest.raises(ConfigError, match="pip install POT"):
+            assignment(x, x, "pot")
+
+
 def test_metrics_by_name() -> None:
     assert isinstance(MetricConfig(name="huber").build(), PseudoHuber)
     assert MetricConfig(name="element-huber", c=0.5).build() == ElementHuber(0.5)
