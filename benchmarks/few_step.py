@@ -4,7 +4,7 @@
 
 For every recipe of `pliant distill --list` (with its shipped settings, on pairs that are made once and shared by those
 that ask for the same ones): train, then the Fréchet distance of `num` x `repeats` samples at 1, 2, 4 and 8 evaluations
-with its own first-order solver, at the model's own patch size and, of flexible models, with all steps weak; and the
+with its own first-order solver, at the model's own patch size and, of flexible models, with all steps weak (1, 2, 4); and the
 straightness S of its trajectories. The teacher's rows: Euler, and the best of the solvers below at each count. Rows and
 trainings that are there already are kept; a killed run goes on where it stopped. Writes OUT/few-step.json and .md.
 """
@@ -72,7 +72,7 @@ class Table:
 
 
 def teacher_rows(table: Table, model: pliant.Denoiser) -> None:
-    for count in COUNTS:
+    for count in reversed(COUNTS):  # the most interesting comparison first
         for solver in SOLVERS:
             plan = plans_of(model, solver, count)
             if plan is not None:
@@ -136,9 +136,9 @@ def recipe_rows(table: Table, name: str, folder: Path) -> None:
     facts = {"model": name, "solver": solver, "cpu_seconds": spent, "parameters": sum(p.numel() for p in model.parameters())}
     if any(step.compute != own.steps[0].compute for step in own.steps):  # else it is one of the rows below
         table.measure(f"{name}/own plan", model, own, patch="plan", **facts)
-    for count in COUNTS:
-        for patch, compute in (("own", Compute()), *([("weak", weakest(model))] if len(model.patch_sizes) > 1 else [])):
-            plan = plans_of(model, solver, count, compute)
+    for patch, counts in (("own", COUNTS), ("weak", COUNTS[:3] if len(model.patch_sizes) > 1 else ())):
+        for count in counts:
+            plan = plans_of(model, solver, count, Compute() if patch == "own" else weakest(model))
             if plan is not None:
                 table.measure(f"{name}/{patch}/{count}", model, plan, patch=patch, **facts)
     straight_row(table, name, model)
