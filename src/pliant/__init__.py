@@ -22,6 +22,7 @@ _PUBLIC = {
     "get_solver": "pliant.solvers",
     "load": "pliant.formats",
     "load_adapter": "pliant.formats",
+    "plan": "pliant.planning",
     "route_width": "pliant.adapters.route_width",
     "sample": "pliant.plans",
     "sample_steps": "pliant.plans",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pliant.models import DiT as DiT
     from pliant.models import DiTConfig as DiTConfig
     from pliant.paths import get_path as get_path
+    from pliant.planning import plan as plan
     from pliant.plans import Plan as Plan
     from pliant.plans import sample as sample
     from pliant.plans import sample_steps as sample_steps

@@ -67,6 +67,7 @@ def wants_weak_first(plan: Plan) -> float:
 # auto -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auto_finds_a_planted_plan_that_no_single_technique_has():
     judge = Judge(wants_weak_first)
     found = auto(MODEL, "10%", objective=judge, guidance=1.5, evaluations=300, seed=0)

@@ -62,8 +62,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 @contextmanager
 def progress(text: str) -> Iterator[Advance]:
     """A bar on stderr for work that calls `advance(done, total)`; silent when stderr is not a terminal."""
+    with progress_saying(text) as advance:
+        yield lambda done, total: advance(done, total, "")
+
+
+@contextmanager
+def progress_saying(text: str) -> Iterator[Callable[[int, int, str], None]]:
+    """The same for work that calls `advance(done, total, words)`; the best so far follows the text."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda done, total, words: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -73,9 +80,9 @@ def progress(text: str) -> Iterator[Advance]:
     task = bar.add_task(text, total=None)
     begun, shown = time.monotonic(), False
 
-    def advance(done: int, total: int) -> None:
+    def advance(done: int, total: int, words: str) -> None:
         nonlocal shown
-        bar.update(task, completed=done, total=total)
+        bar.update(task, completed=done, total=total, description=f"{text}, best {words}" if words else text)
         if not shown and time.monotonic() - begun > PATIENCE:
             shown = True
             bar.start()

@@ -12,6 +12,7 @@ import typer
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json
 from pliant.cli.planning import PlanOptions, cost_facts, plan_from, table_for
+from pliant.cli.searching import SearchOptions, list_all, search_facts, searched
 from pliant.errors import ConfigError, PliantError
 
 FROZEN_ON = 8
@@ -23,6 +24,9 @@ Examples:
   pliant plan digits --steps 50 --weak-steps 20 --guidance 1.5 --weak-guidance-steps 10 -o plan.json
   pliant plan facebook/DiT-XL-2-256 --steps 250 --solver ddpm --guidance 1.5 --guided-channels 3
   pliant plan digits --budget "60 ms" --steps 20 --guidance 1.5      seconds, predicted for this machine
+  pliant plan digits --budget 10% --search auto --time 2min --seed 0 -o plan.json
+  pliant plan digits --budget 10% --search auto --time 4min --seed 0 --resume -o plan.json     goes on from there
+  pliant plan digits --budget 10% --search oss --guidance 1.5    one technique; --list-planners names all
   pliant plan digits --cache teacache:threshold=0.2 --freeze -o plan.json
   pliant plan digits --show plan.json      what a plan costs on a model
   pliant plan --show plan.json             what a plan says
@@ -59,6 +63,29 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option("--search", metavar="PLANNER", help="Search for the plan: auto, s3, oss, ...", show_default=False),
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option("--time", help="How long a search may take: 90s, 5min.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the search.  [default: 0]")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the search whose journal lies beside the plan file.")
+    ] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            help="Search by the distance to these images (as in 'pliant eval') instead of to full compute's samples.",
+            show_default=False,
+        ),
+    ] = None,
+    num: Annotated[
+        int | None, typer.Option("--num", min=20, help="Images per measured finalist.  [default: 256]")
+    ] = None,
+    list_planners: Annotated[bool, typer.Option("--list-planners", help="Name the planners, and end.")] = False,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="Sample once and write down what the gates of --cache decide.")
     ] = False,
@@ -76,13 +103,18 @@ def plan(
 ) -> None:
     """Make a plan: every decision of a sampling run, with its exact cost.
 
-    With a budget, the first steps are weak (coarse patches) and the rest powerful, the fewest weak ones that meet it.
+    With a budget alone it is the best plan known: found in advance for bundled models, else in closed form. --search
+    looks for one. With other options, such as --steps, the first steps are weak (coarse patches) and the rest powerful,
+    the fewest weak ones that meet the budget.
     Seconds are predicted from what 'pliant bench' measured; a budget in seconds measures it if that was never run.
     """
     if schema:
         from pliant.plans.schema import plan_schema
 
         emit_json(plan_schema())
+        return
+    if list_planners:
+        list_all(json)
         return
     choices = PlanOptions(
         budget=budget,
@@ -111,8 +143,11 @@ def plan(
     from pliant.cli.models import open_model
     from pliant.plans import parse_budget
 
+    request = SearchOptions(search, time, seed, resume, reference, num)
+    request.check(budget, choices, out)
     denoiser = open_model(model, format, option, device or "cpu").denoiser
-    made = plan_from(None, denoiser, choices)
+    found = None if search is None else searched(denoiser, choices, request, out)
+    made = plan_from(None, denoiser, choices) if found is None else found.plan
     batch = batch_size or (parse_budget(budget).batch if budget is not None else 1)
     if freeze:
         made = made.freeze(denoiser, [i % denoiser.num_classes for i in range(FROZEN_ON)])
@@ -124,8 +159,11 @@ def plan(
     if json:
         facts = {"file": str(out) if out else None, "digest": made.digest()}
         table = table_for(denoiser, throughput)
-        emit_json({**facts, "cost": cost_facts(made, denoiser, batch, table), "plan": made.to_dict()})
+        evidence = {} if found is None else {"search": search_facts(found)}
+        emit_json({**facts, "cost": cost_facts(made, denoiser, batch, table), **evidence, "plan": made.to_dict()})
         return
+    if found is not None:
+        print(found.headline())
     print(made.describe(denoiser, batch, table_for(denoiser, throughput)))
     if out is not None:
         print(f"\n{out} written; run it with: pliant sample {model} --plan {out}")

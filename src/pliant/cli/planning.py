@@ -75,8 +75,25 @@ def _named(text: str, what: str, example: str) -> dict[str, Any]:
     return config
 
 
+ONLY_BUDGET = {"--budget", "--guidance", "--throughput"}
+"""With no other option typed the planner decides everything."""
+
+
 def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
-    """Weak steps first if a budget or a number of weak steps is given, else the same compute at every step."""
+    """For a budget alone what the planner knows best: found in advance, or in closed form.
+
+    With more options weak steps first if a budget or a number of weak steps is given, else the same compute at every
+    step.
+    """
+    if options.budget is not None and set(options.given()) <= ONLY_BUDGET:
+        from pliant.planning import known
+
+        return known(model, ready_budget(model, options), steps=STEPS, guidance=options.guidance).plan
+    return made_plan(model, options)
+
+
+def made_plan(model: Denoiser, options: PlanOptions) -> Plan:
+    """What the options say."""
     from pliant.compute import Compute
     from pliant.models.precision import check_precision
     from pliant.plans import Plan, weakest

@@ -77,7 +77,7 @@ class Evolved:
 
     history: tuple[Evaluated, ...]
     seconds: float
-    """Of measurements, those of interrupted runs of the same journal included."""
+    """Of proposing and measuring, interrupted runs of the same journal included."""
     stopped: str
     """"evaluations", "time", or "exhausted": nothing new could be proposed."""
 
@@ -107,7 +107,7 @@ def evolve(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Evolved:
-    """Minimise `measure` over `space` with at most so many evaluations and about so many seconds of measuring.
+    """Minimise `measure` over `space` with at most so many evaluations and about so many seconds.
 
     initial: candidates that are measured first. A candidate whose measurement raises a PliantError counts as infinitely
     bad. The result depends on the seed and the number of evaluations only; the clock only says when to stop.
@@ -120,6 +120,7 @@ def evolve(
     history: list[Evaluated] = []
     seen: set[str] = set()
     spent, generation, stopped = 0.0, 0, ""
+    mark = clock()
     batch = _opening(space, initial, rules, Random(f"{seed}/opening"), seen)
     while not stopped:
         for candidate in batch:
@@ -131,7 +132,12 @@ def evolve(
                 if seconds is not None and history and spent >= seconds:
                     stopped = "time"
                     break
-                entry = _measured(measure, candidate, journal, clock)
+                score = _measured(measure, candidate)
+                now = clock()  # with what was needed to propose it
+                entry = journal.add(candidate, score, now - mark)
+                mark = now
+            else:
+                mark = clock()
             spent += entry.seconds
             history.append(Evaluated(candidate, entry.score))
             if progress is not None:
@@ -147,13 +153,11 @@ def evolve(
     return Evolved(tuple(history), spent, stopped)
 
 
-def _measured(measure: Callable[[Any], Score], candidate: Any, journal: Journal, clock: Callable[[], float]) -> Any:
-    begun = clock()
+def _measured(measure: Callable[[Any], Score], candidate: Any) -> Score | None:
     try:
-        score: Score | None = measure(candidate)
+        return measure(candidate)
     except PliantError:
-        score = None
-    return journal.add(candidate, score, clock() - begun)
+        return None
 
 
 def _incumbent(history: Sequence[Evaluated]) -> str:

@@ -119,11 +119,14 @@ class PlanResult:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise PlanError(f"planning result {file} is not readable JSON ({error})") from None
 
-    def describe(self, model: Denoiser) -> str:
-        """The plan's table of steps, headed by how it was found and what it is worth."""
+    def headline(self) -> str:
+        """How it was found and what it is worth."""
         worth = "not measured" if self.quality is None else f"{self.objective}: {self.quality}"
-        effort = f"{self.evaluations} evaluations in {self.seconds:.1f} s"
-        return f"{self.planner}: {worth} ({effort})\n{self.plan.describe(model)}"
+        return f"{self.planner}: {worth} ({self.evaluations} evaluations in {self.seconds:.1f} s)"
+
+    def describe(self, model: Denoiser) -> str:
+        """The headline and the plan's table of steps."""
+        return f"{self.headline()}\n{self.plan.describe(model)}"
 
 
 def planned(plan: Plan, planner: str, objective: str, score: Score | None) -> Plan:

@@ -1,0 +1,133 @@
+"""`pliant plan --search`: what may be asked, the search itself with its journal, and what to say of the outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pliant.cli.console import emit_json, note, progress_saying
+from pliant.cli.planning import STEPS, PlanOptions, ready_budget
+from pliant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pliant.denoiser import Denoiser
+    from pliant.planning import Objective, PlanResult
+
+ALLOWED = {"--budget", "--steps", "--guidance", "--throughput"}
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """As typed; None where nothing was typed."""
+
+    planner: str | None
+    time: str | None
+    seed: int | None
+    resume: bool
+    reference: str | None
+    num: int | None
+
+    def check(self, budget: str | None, choices: PlanOptions, out: Path | None) -> None:
+        """Raise PliantError for options that do not go together."""
+        from pliant.planning import get_planner
+
+        if self.planner is None:
+            for name, value in (("--time", self.time), ("--seed", self.seed), ("--resume", self.resume),
+                                ("--reference", self.reference), ("--num", self.num)):  # fmt: skip
+                if value not in (None, False):
+                    raise ConfigError(f"{name} belongs to a search: give --search auto too")
+            return
+        get_planner(self.planner)
+        if budget is None:
+            raise ConfigError(f"--search {self.planner} needs a budget, e.g. --budget 10%")
+        extra = [name for name in choices.given() if name not in ALLOWED]
+        if extra:
+            raise ConfigError(f"--search decides about everything but guidance: leave out {extra[0]}")
+        if self.resume and out is None:
+            raise ConfigError("--resume goes on with the journal beside the plan file: name that file with -o")
+
+
+def journal_file(out: Path) -> Path:
+    """Beside the plan file."""
+    return out.with_name(f"{out.stem}.search.jsonl")
+
+
+def searched(model: Denoiser, choices: PlanOptions, request: SearchOptions, out: Path | None) -> PlanResult:
+    """Run the planner. A search writes its journal beside the plan file, if there is one."""
+    import inspect
+
+    from pliant.planning import get_planner
+    from pliant.planning import search as search_for
+
+    planner = request.planner or "auto"
+    resumable = "journal" in inspect.signature(get_planner(planner)).parameters
+    journal = journal_file(out) if out is not None and resumable else None
+    if journal is not None and journal.exists() and not request.resume:
+        journal.unlink()
+    if request.resume and (journal is None or not journal.exists()):
+        note(f"there is no journal {journal or ''} to resume: the search begins anew")
+    with progress_saying(f"searching ({planner})") as advance:
+        return search_for(
+            model,
+            ready_budget(model, choices),
+            planner,
+            time=request.time,
+            seed=request.seed or 0,
+            steps=choices.steps or STEPS,
+            guidance=choices.guidance,
+            objective=_objective(model, request, choices),
+            journal=journal,
+            progress=advance,
+        )
+
+
+def _objective(model: Denoiser, request: SearchOptions, choices: PlanOptions) -> Objective | None:
+    from pliant.cli.evaluate import default_extractor
+    from pliant.evaluation import get_extractor, load_reference
+    from pliant.planning import FrechetObjective, default_objective
+    from pliant.planning.planner import IMAGES
+
+    if request.reference is None:
+        if request.num is None:
+            return None
+        return default_objective(model, choices.steps or STEPS, choices.guidance, request.num)
+    channels, height, width = model.sample_shape
+    extractor = get_extractor(default_extractor((channels, height, width)))
+    reference = load_reference(request.reference, extractor, size=(height, width))
+    return FrechetObjective(model, reference, extractor, request.num or IMAGES)
+
+
+def search_facts(found: PlanResult) -> dict[str, Any]:
+    """For JSON reports."""
+    return {
+        "planner": found.planner,
+        "objective": found.objective,
+        "quality": None if found.quality is None else found.quality.to_dict(),
+        "evaluations": found.evaluations,
+        "seconds": found.seconds,
+        "settings": found.settings,
+        "frontier": [
+            {"plan": c.plan.digest(), "flops_per_image": c.cost.flops, "score": c.score.value}
+            for c in found.frontier
+            if c.score is not None
+        ],
+    }
+
+
+def list_all(json: bool) -> None:
+    """Every planner, and the first line of what it says of itself."""
+    import inspect
+
+    from pliant.planning import PLANNERS
+
+    rows = []
+    for name, run in PLANNERS.items():
+        module = inspect.getmodule(run)
+        words = (inspect.getdoc(module) or "").splitlines()[0]
+        rows.append({"name": name, "about": words, "searches": "evaluations" in inspect.signature(run).parameters})
+    if json:
+        emit_json({"planners": rows})
+        return
+    for row in rows:
+        print(f"{row['name']:14s} {row['about']}")

@@ -1,0 +1,59 @@
+"""`pliant plan --search` and budgets without options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pliant.plans import Plan
+from support.cli import Run, refused
+
+QUICK = ("--budget", "50%", "--steps", 6, "--num", 20, "--search", "s3")
+
+
+def test_a_search_writes_plan_journal_and_evidence(flexible: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "plan.json"
+    done = run("plan", flexible, *QUICK, "--time", "1s", "--seed", 1, "-o", file, "--json")
+    assert done.code == 0, done.err
+    report = done.json
+    assert report["search"]["planner"] == "s3" and report["search"]["settings"]["seed"] == 1
+    assert report["digest"] == Plan.load(file).digest()
+    journal = tmp_path / "plan.search.jsonl"
+    lines = journal.read_text().splitlines()
+    assert len(lines) > 3
+    # Resumed, the same time is used up already: nothing is searched again, and the plan is the same.
+    again = run("plan", flexible, *QUICK, "--time", "1s", "--seed", 1, "--resume", "-o", file, "--json").json
+    assert again["digest"] == report["digest"]
+    assert journal.read_text().splitlines()[: len(lines)] == lines
+    text = run("plan", flexible, *QUICK, "--time", "1s", "--seed", 1, "--resume", "-o", file).out
+    assert text.startswith("s3: relative Fréchet distance")
+    # A journal of another search is not taken for this one's.
+    other = run("plan", flexible, *QUICK, "--time", "1s", "--seed", 2, "--resume", "-o", file)
+    refused(other, "another search", "seed")
+
+
+def test_planners_are_listed(run: Run) -> None:
+    out = run("plan", "--list-planners").out
+    for name in ("auto", "s3", "autodiffusion", "flexiffusion", "weak-split", "oss"):
+        assert name in out
+    assert {"auto", "boss"} <= {row["name"] for row in run("plan", "--list-planners", "--json").json["planners"]}
+
+
+def test_a_budget_alone_is_planned(flexible: Path, plain: Path, run: Run) -> None:
+    for model in (flexible, plain):
+        report = run("plan", model, "--budget", "30%", "--json").json
+        plan = Plan.from_dict(report["plan"])
+        assert plan.provenance["planner"] in ("weak-split", "closed-form")
+    done = run("sample", flexible, "--budget", "30%", "--num", 1, "-o", flexible.with_name("one.png"))
+    assert done.code == 0, done.err
+
+
+def test_searches_that_make_no_sense(flexible: Path, run: Run, tmp_path: Path) -> None:
+    refused(run("plan", flexible, "--budget", "10%", "--search", "autoo"), "unknown planner 'autoo'", "'auto'")
+    refused(run("plan", flexible, "--search", "auto"), "needs a budget")
+    refused(run("plan", flexible, "--budget", "10%", "--time", "2min"), "--time belongs to a search")
+    refused(run("plan", flexible, "--budget", "10%", "--search", "auto", "--solver", "ddim"), "leave out --solver")
+    refused(run("plan", flexible, "--budget", "10%", "--search", "auto", "--resume"), "name that file with -o")
+    refused(run("plan", flexible, "--budget", "10%", "--search", "boss", "--time", "5s"), "takes no limit of time")
+    refused(run("plan", flexible, "--budget", "0.01%", "--search", "auto", "--time", "soon"), "cannot read the time")
+    tiny = run("plan", flexible, "--budget", "0.01%", "--steps", 4, "--search", "auto", "--num", 20)
+    refused(tiny, "below the cheapest plan")
