@@ -55,7 +55,7 @@ def test_a_search_by_name_with_its_evidence():
 
 
 def test_a_search_keeps_its_time():
-    found = search(MODEL, "10%", "s3", objective=FewSteps(), time="0.5s")
+    found = search(MODEL, "10%", "s3", objective=FewSteps(), time="0.5s", predictor=False)
     assert found.settings["search"]["stopped"] == "time"
     assert found.settings["search"]["seconds"] < 5
 

@@ -51,7 +51,7 @@ def fit_ranker(
     scores: Sequence[float],
     seed: int = 0,
     members: int = 3,
-    updates: int = 80,
+    updates: int = 50,
 ) -> Callable[[Sequence[Sequence[Sequence[float]]]], list[float]]:
     """A function from schedules to predicted ranks (lower is better). Deterministic by seed; scores must be finite."""
     rows, lengths = padded(schedules)
