@@ -110,8 +110,9 @@ def test_a_damaged_step_is_named(flexible: Path, plan_file: Path, run: Run) -> N
 
 
 def test_budgets_that_cannot_be(flexible: Path, plain: Path, run: Run) -> None:
-    refused(run("plan", flexible, "--budget", "5%", "--steps", 50), "below the cheapest schedule", "of full compute", "GFLOP")
-    refused(run("plan", plain, "--budget", "60%"), "one patch size", "flexify")
+    too_little = run("plan", flexible, "--budget", "5%", "--steps", 50)
+    refused(too_little, "below the cheapest schedule", "of full compute", "GFLOP")
+    refused(run("plan", plain, "--budget", "60%", "--steps", 9), "one patch size", "flexify")
     refused(run("plan", flexible, "--weak-steps", 60), "between 0 and 50")
     refused(run("plan"), "name a model")
 
