@@ -1,11 +1,13 @@
 """Pliant's cache executor against diffusers' own hooks and cache-dit: one run, the same weights, interleaved.
 
     pip install --no-deps --target /tmp/cache-dit cache-dit        # a folder of its own; optional
-    python benchmarks/caches.py [--rounds 9] [--steps 20] [--cache-dit /tmp/cache-dit] [--json caches.json]
+    OMP_NUM_THREADS=1 python benchmarks/caches.py [--rounds 9] [--steps 20] [--cache-dit /tmp/cache-dit]
+    OMP_NUM_THREADS=1 python benchmarks/caches.py --part overhead
 
 Overhead: the program "all sites run" against the plain block loop, batch 1, Pliant's DiT-S/2 and diffusers'. Peers: a
 request of DDIM steps on diffusers' DiT-S/2 (random weights that hide nothing, batch 1, no guidance); each peer on its
-own copy, with the same rule and the same numbers as ours. Medians over rounds; every round runs all rows once, in turn.
+own copy, with the same rule and the same numbers as ours. Every round runs all rows once, in turn; ratios are taken within
+a round, then their median. With one thread, seconds are the process's CPU seconds (a busy machine then matters less).
 "gap" is the largest difference of the last latents over their spread; "full" the steps that ran every block. Hooks that
 keep their decisions to themselves are asked by counting how often a middle block's MLP really ran.
 """
@@ -39,16 +41,27 @@ def weights(net: Any) -> Any:
     return net.eval().requires_grad_(False)
 
 
-def medians(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds per row, interleaved; one warm-up round."""
+def clock() -> float:
+    """With one thread the processor's seconds are the calculation's own, whatever else the machine does."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def timed(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per row and round, interleaved, every other round backwards; one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for round_ in range(rounds + 1):
-        for name, call in rows.items():
-            began = time.perf_counter()
+        for name, call in list(rows.items())[:: 1 if round_ % 2 else -1]:
+            began = clock()
             call()
             if round_:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append(clock() - began)
+    return seconds
+
+
+def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """Median and quartiles of the rounds' ratios."""
+    found = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    return statistics.median(found), found[len(found) // 4], found[-1 - len(found) // 4]
 
 
 def overhead(rounds: int) -> list[dict[str, Any]]:
@@ -71,7 +84,7 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
         return Call(program, sites, Cache(), "net", ("cond",), Moment(0, 0.5, 0.0))(x, modulations)
 
     always = SiteTransformer(theirs, [Compute(sites="R24")])
-    found = medians(
+    found = timed(
         {
             "pliant loop": lambda: ours.forward_modulated(x, modulations),
             "pliant executor": executed,
@@ -83,11 +96,16 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name in ("pliant", "diffusers"):
         plain, program_s = found[f"{name} loop"], found[f"{name} executor"]
-        rows.append({"what": f"all sites, {name} DiT-S/2", "plain_s": plain, "executor_s": program_s})
-        extra = 100 * (program_s / plain - 1)
+        middle, low, high = ratio(program_s, plain)
+        rows.append({
+            "what": f"all sites, {name} DiT-S/2", "plain_s": statistics.median(plain), "ratio": middle,
+            "executor_s": statistics.median(program_s), "quartiles": [low, high],
+        })  # fmt: skip
         print(
-            f"{rows[-1]['what']:34} plain {plain * 1e3:7.2f} ms   executor {program_s * 1e3:7.2f} ms   {extra:+.1f} %"
-        )
+            f"{rows[-1]['what']:34} plain {rows[-1]['plain_s'] * 1e3:7.2f} ms   executor "
+            f"{rows[-1]['executor_s'] * 1e3:7.2f} ms   {100 * middle - 100:+.1f} % [{100 * low - 100:+.1f}, "
+            f"{100 * high - 100:+.1f}]", flush=True
+        )  # fmt: skip
     return rows
 
 
@@ -263,7 +281,7 @@ def peers(steps: int, rounds: int, folder: str | None) -> list[dict[str, Any]]:
     except ImportError as error:
         print(f"cache-dit is not here ({error}); see --cache-dit", file=sys.stderr)
     plain = request(net)
-    runs: dict[str, Run] = {"plain": lambda: request(net)}
+    runs: dict[str, Run] = {}
     checks: dict[str, dict[str, Any]] = {}
     for name, (preset, options, theirs) in found.items():
 
@@ -281,16 +299,20 @@ def peers(steps: int, rounds: int, folder: str | None) -> list[dict[str, Any]]:
             "peer_full": their_full,
             "effect": float((want - plain).abs().max() / plain.std()),
         }
-    seconds = medians(runs, rounds)
-    print(f"\n{'plain':34} {seconds['plain']:7.3f} s   ({steps} steps)")
-    rows: list[dict[str, Any]] = [{"what": "plain", "seconds": seconds["plain"]}]
+    rows: list[dict[str, Any]] = []
     for name, check in checks.items():
-        peer_s, own_s = seconds[name], seconds[f"pliant {name}"]
-        rows.append({"what": name, "peer_s": peer_s, "seconds": own_s, **check})
+        pair = timed({"peer": runs[name], "ours": runs[f"pliant {name}"], "plain": lambda: request(net)}, rounds)
+        middle, low, high = ratio(pair["ours"], pair["peer"])
+        share = ratio(pair["ours"], pair["plain"])[0]
+        rows.append({
+            "what": name, "peer_s": statistics.median(pair["peer"]), "seconds": statistics.median(pair["ours"]),
+            "ratio": middle, "quartiles": [low, high], "of_plain": share, **check,
+        })  # fmt: skip
         print(
-            f"{name:34} {peer_s:7.3f} s   pliant {own_s:7.3f} s   {own_s / peer_s:5.3f}x   full {check['peer_full']:2d} "
-            f"and {check['full']:2d}   gap {check['gap']:.1e}   effect of the cache {check['effect']:.1e}"
-        )
+            f"{name:34} {rows[-1]['peer_s']:7.3f} s   pliant {rows[-1]['seconds']:7.3f} s   {middle:5.3f}x [{low:.3f}, "
+            f"{high:.3f}]   {share:.0%} of plain   full {check['peer_full']:2d} and {check['full']:2d}   gap "
+            f"{check['gap']:.1e}   effect of the cache {check['effect']:.1e}", flush=True
+        )  # fmt: skip
     return rows
 
 
@@ -305,10 +327,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cache-dit", help="folder that pip installed cache-dit into")
+    parser.add_argument("--part", choices=["overhead", "peers"], help="only this")
     parser.add_argument("--json", help="also write the rows here")
     args = parser.parse_args()
     with torch.no_grad():
-        rows = overhead(args.rounds) + peers(args.steps, args.rounds, args.cache_dit)
+        rows = [] if args.part == "peers" else overhead(args.rounds)
+        rows += [] if args.part == "overhead" else peers(args.steps, args.rounds, args.cache_dit)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=2)
