@@ -202,6 +202,24 @@ def test_only_the_estimate_carries_gradients():
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_jumps_that_end_at_clean_data_are_finite_at_weak_patches():
+    """A noise-aligned weak patch divides by t: nobody may ask it at t = 0, where CTM's flights and landings may be."""
+    from pliant import flexify
+    from pliant.adapters.flow_map import flow_map
+    from pliant.training.objectives.shared import AtPatch
+
+    weak = AtPatch.of(flow_map(flexify(tiny_denoiser(), [4], initialisation="noise-aligned")), (4, 4))
+    x, _, y = network_batch(weak.network, 8)
+    zero = torch.zeros(8, dtype=torch.float64)
+    assert torch.equal(jump(weak, x, zero, zero, y), x)
+    objective = TrajectoryConsistency(tiny_denoiser(), (1.0, 0.5, 0.0), most=2)
+    for step in range(4):
+        result = objective(weak, Batch(x, y), Draws(0, step, range(8), 8))
+        result.loss.backward()
+        assert bool(torch.isfinite(result.loss))
+    assert all(bool(torch.isfinite(p.grad).all()) for p in weak.network.parameters() if p.grad is not None)
+
+
 def test_ctm_balances_both_losses_at_the_last_layer():
     model, teacher = tiny_denoiser(flow_map=True), tiny_denoiser(seed=2)
     randomize(model.network, 4)

@@ -12,10 +12,17 @@ from pliant.paths import like
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser, Prediction
 
+LEAST = 1e-3
+"""Earliest time at which a network is asked; grids of jumps end at 0 and are coarser."""
+
 
 def jump(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, labels: Tensor) -> Tensor:
-    """Where the flow map takes states x (B, C, H, W) from house times t to s (B,): DDIM's step with its answer."""
-    return ddim_step(denoiser(x, t, labels, lands=s), s)
+    """Where the flow map takes states x (B, C, H, W) from house times t to s (B,): DDIM's step with its answer.
+
+    Rows with s = t stay where they are, exactly, also at t = 0, where weak patch sizes predict nothing.
+    """
+    moved = ddim_step(denoiser(x, t.clamp(min=LEAST), labels, lands=s), s)
+    return torch.where((t == s)[:, None, None, None], x, moved)
 
 
 def ddim_step(prediction: Prediction, s: Tensor) -> Tensor:
