@@ -26,7 +26,7 @@ from pliant.adapters.width import DynamicDiT
 from pliant.compute import MATMUL, Compute, Convention, TransformerShape, spent_macs
 from pliant.errors import ConfigError, ShapeError
 from pliant.models.dit import DiT, DiTConfig
-from pliant.models.network import Backbone, NetworkConfig, Size, named
+from pliant.models.network import Backbone, NetworkConfig, Size, Taps, named
 from pliant.models.patches import patch_pair
 from pliant.paths import (
     Match,
@@ -147,11 +147,17 @@ class Denoiser:
         return self._read(raw, x, time, compute, a)
 
     def packed(
-        self, xs: Sequence[Tensor], t: Tensor, cond: Tensor, compute: Compute | None = None
+        self,
+        xs: Sequence[Tensor],
+        t: Tensor,
+        cond: Tensor,
+        compute: Compute | None = None,
+        taps: Taps | None = None,
     ) -> list[Prediction]:
         """Predict at states of several sizes in one pass: xs[g] (B_g, C, *size_g); t and cond (sum of B_g,), in order.
 
-        As a call per group would, up to rounding. Raises ConfigError for networks that take one size only.
+        As a call per group would, up to rounding. taps: hidden states to be filled in, of flexible networks. Raises
+        ConfigError for networks that take one size only.
         """
         core, compute = self.core, compute or Compute()
         patch = self.patch_of(compute)
@@ -159,7 +165,8 @@ class Denoiser:
         aligned = [self.align(compute, time) for time in times]
         scaled = [x if a is None else like(a.input_scale, x) * x for x, a in zip(xs, aligned, strict=True)]
         told = torch.cat([self.encode(time if a is None else a.time) for time, a in zip(times, aligned, strict=True)])
-        raws = core.forward_packed(scaled, told.to(torch.float32), cond, patch, self.extrapolation)
+        more = {} if taps is None else {"taps": taps}
+        raws = core.forward_packed(scaled, told.to(torch.float32), cond, patch, self.extrapolation, **more)
         parts = zip(raws, xs, times, aligned, strict=True)
         return [self._read(raw, x, time, compute, a) for raw, x, time, a in parts]
 

@@ -26,7 +26,7 @@ from pliant.compute.sites import SiteModel
 from pliant.errors import ConfigError, PlanError, ShapeError, suggest
 from pliant.models.dit import scale_rows
 from pliant.models.layers import TimestepEmbedder, modulated_norm
-from pliant.models.network import Backbone, Size, named
+from pliant.models.network import Backbone, Size, Taps, named
 from pliant.models.patches import grid_of, patch_name, patchify, resize_head, resize_kernel, resize_matrix, unpatchify
 from pliant.models.rope import RopeScaling, axis_widths, grid_positions, rope_table
 from pliant.models.rotary import EPS, LowRankModulation, Rope, RotaryBlock
@@ -211,6 +211,8 @@ class FlexibleTransformer(Backbone):
         self.patch = config.patch_size
         """What calls that name no patch size run at."""
         self.extrapolation = "none"
+        self.projector: nn.Module | None = None
+        """A part that only training has: see `pliant.training.representation`."""
         self.checkpointing = False
         """Whether training recomputes every block in the backward pass instead of keeping its activations."""
         self.time_embed = TimestepEmbedder(config.width, 128)
@@ -393,17 +395,19 @@ class FlexibleTransformer(Backbone):
         y: Tensor,
         patch: Size | None = None,
         extrapolation: str | None = None,
+        taps: Taps | None = None,
     ) -> list[Tensor]:
         """Groups of states of different sizes in one pass, nothing padded: xs[g] (B_g, C, *size_g) -> like xs.
 
-        t, y: (sum of B_g,), group by group. Equal to one call per group up to rounding.
+        t, y: (sum of B_g,), group by group. taps: tokens after so many blocks, to be filled in. Equal to one call per
+        group up to rounding.
         """
         if not xs:
             raise ShapeError("a packed call needs at least one state")
         counts = [len(x) for x in xs]
         if sum(counts) != len(t) or len(t) != len(y):
             raise ShapeError(f"{sum(counts)} states need as many times and labels, got {len(t)} and {len(y)}")
-        return self.packed_modulated(xs, self.modulations(t, y, patch).split(counts), patch, extrapolation)
+        return self.packed_modulated(xs, self.modulations(t, y, patch).split(counts), patch, extrapolation, taps)
 
     def packed_modulated(
         self,
@@ -411,6 +415,7 @@ class FlexibleTransformer(Backbone):
         modulations: Sequence[Tensor],
         patch: Size | None = None,
         extrapolation: str | None = None,
+        taps: Taps | None = None,
     ) -> list[Tensor]:
         """`forward_packed` below the conditioning: modulations[g] (B_g or 1, 6*depth + 2, D)."""
         mode, method = self.mode(patch), extrapolation or self.extrapolation
@@ -423,6 +428,8 @@ class FlexibleTransformer(Backbone):
                 tokens = checkpoint(block.packed, tokens, rows, ropes, use_reentrant=False)
             else:
                 tokens = block.packed(tokens, rows, ropes)
+            if taps is not None and i + 1 in taps:
+                taps[i + 1] = tokens
         return [
             self.read(tok, m, tuple(x.shape[2:]), patch) for tok, m, x in zip(tokens, modulations, xs, strict=True)
         ]

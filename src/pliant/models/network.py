@@ -25,6 +25,10 @@ Size: TypeAlias = tuple[int, ...]
 """Sides of a state without its channels: (H, W), (T, H, W) or (L,)."""
 
 
+Taps: TypeAlias = dict[int, list[Tensor]]
+"""{blocks before: tokens of every group, (B_g, N_g, D)}: which hidden states a caller wants, to be filled in."""
+
+
 class NetworkConfig(Protocol):
     """What determines a network's shape and arithmetic; a frozen dataclass."""
 

@@ -100,6 +100,20 @@ class ModelConfig(Section):
         return self
 
 
+class AlignConfig(Section):
+    """REPA: tokens of one layer are led towards those of a frozen vision encoder that sees the clean images."""
+
+    encoder: str
+    """Folder or Hub id of a vision encoder of transformers, e.g. facebook/dinov2-base."""
+    layer: int = Field(ge=1)
+    """Blocks before the aligned tokens; about a quarter to a third of the depth."""
+    weight: float = Field(default=0.5, ge=0)
+    hidden: int = Field(default=2048, ge=1)
+    """Of the projector, which is not exported."""
+    autoencoder: str | None = None
+    """What decodes latents to the images that the encoder sees; null: training data are images."""
+
+
 class AnySizeConfig(Section):
     """Rectified flow on samples of any size, packed, at a random patch size per batch: for flexible networks."""
 
@@ -111,6 +125,8 @@ class AnySizeConfig(Section):
     """Size (pixels of the state) at which times are as drawn; larger states train noisier. null: no shift."""
     patches: list[float] | None = None
     """How often each patch size is trained, in the network's order; null: equally."""
+    align: AlignConfig | None = None
+    """Align a hidden layer with a vision encoder (REPA); of flexible networks."""
 
 
 class DDPMConfig(Section):

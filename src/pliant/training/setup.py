@@ -29,6 +29,7 @@ from pliant.paths import (
     prediction_type,
 )
 from pliant.training.config import (
+    AlignConfig,
     AnySizeConfig,
     DataConfig,
     DDPMConfig,
@@ -228,11 +229,22 @@ def _objective(config: Any, denoiser: Denoiser) -> Objective:
         return TokenDistillation(config.keep, config.budget, config.norm, config.entropy, time, dropout)
     if isinstance(config, AnySizeConfig):
         patches = None if config.patches is None else tuple(config.patches)
-        return AnySizeFlow(density(config.time), dropout, config.shift_pixels, patches)
+        flow = AnySizeFlow(density(config.time), dropout, config.shift_pixels, patches)
+        return flow if config.align is None else _aligned(flow, config.align, denoiser)
     if isinstance(config, FlowMatchingConfig):
         time, coupling, metric = density(config.time), config.coupling.build(), config.metric.build()
         return FlowMatching(time, dropout, coupling, metric, prediction_type(config.space))
     raise TypeError(type(config).__name__)  # pragma: no cover - the config's union is closed
+
+
+def _aligned(flow: AnySizeFlow, config: AlignConfig, denoiser: Denoiser) -> Objective:
+    """The objective with REPA's term. The network gets the projector, which trains with it and is not exported."""
+    from pliant.training.representation import RepresentationAlignment, TokenEncoder, attach_projector
+
+    encoder = TokenEncoder.load(config.encoder)
+    autoencoder = None if config.autoencoder is None else load_autoencoder(config.autoencoder)
+    attach_projector(denoiser, encoder.dim, config.hidden)
+    return RepresentationAlignment(flow, encoder, config.layer, config.weight, autoencoder)
 
 
 def _plan_times(file: str, denoiser: Denoiser) -> tuple[float, ...]:

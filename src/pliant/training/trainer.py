@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, PliantError
+from pliant.models.flexible import FlexibleTransformer
 from pliant.training import setup
 from pliant.training.checkpoint import (
     checkpoint_path,
@@ -350,6 +351,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.state.ema.copy_to_parameters()
         merge_low_rank(self.denoiser.network)
+        if isinstance(self.denoiser.network, FlexibleTransformer):
+            self.denoiser.network.projector = None  # it served training only
         network, config = self.denoiser.network.eval(), self.config
         metadata = {**self.denoiser.metadata, "training": {"config": config.to_dict(), "steps": config.steps}}
         result = replace(self.denoiser, metadata=metadata)

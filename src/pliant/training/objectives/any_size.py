@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pliant.compute import Compute
 from pliant.errors import ConfigError
-from pliant.models.network import Size
+from pliant.models.network import Size, Taps
 from pliant.paths import TimeDensity, get_time_density
 from pliant.paths.levels import shifted_times
 from pliant.training.draws import Draws
@@ -41,6 +41,10 @@ class AnySizeFlow:
     needs_partners = False
 
     def __call__(self, denoiser: Denoiser, batch: SizedBatch, draws: Draws) -> Loss:
+        return self.tapped(denoiser, batch, draws, None)
+
+    def tapped(self, denoiser: Denoiser, batch: SizedBatch, draws: Draws, taps: Taps | None) -> Loss:
+        """The loss, and the hidden states that `taps` asks for filled in."""
         patch = self.choose(denoiser.patch_sizes, draws)
         t = draws.each(self.time.sample)
         if self.shift_pixels is not None:
@@ -54,7 +58,7 @@ class AnySizeFlow:
             own = torch.stack(noise[here])
             xs.append(denoiser.path.mix(images, own, t[here]))
             targets.append(denoiser.path.target("velocity", images, own, t[here]))
-        found = denoiser.packed(xs, t, labels, Compute(patch=patch))
+        found = denoiser.packed(xs, t, labels, Compute(patch=patch), taps)
         errors = [
             (p.to("velocity").float() - target).square().flatten(1).mean(1)
             for p, target in zip(found, targets, strict=True)
