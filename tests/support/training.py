@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +71,13 @@ def formula_denoiser(
 def equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two sets of named tensors are bit-equal."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def in_two_processes(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    """The command line on two gloo processes. (`accelerate launch --cpu --num_processes 2` starts only one.)"""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*launch, "-m", "pliant.cli", *arguments], env=environment, capture_output=True, text=True, timeout=timeout,
+        check=False,
+    )  # fmt: skip

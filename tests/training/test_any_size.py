@@ -163,6 +163,19 @@ def test_training_learns_resumes_exactly_and_samples_any_size(tmp_path: Path) ->
             assert pliant.sample(model, plan, [0, 1], size=size).shape == (2, 2, *size)
 
 
+def test_checkpointing_changes_no_weight(tmp_path: Path) -> None:
+    data = Shapes()
+    plain = train(config(tmp_path / "plain", steps=3), data=data, quiet=True).denoiser
+    saving = train(config(tmp_path / "saving", steps=3, checkpointing=True), data=data, quiet=True).denoiser
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(a, b)
+    tree = {"model": {"dit": {"input_size": [8, 8], "in_channels": 1, "width": 16, "depth": 1, "heads": 2,
+                              "num_classes": 10}}, "objective": {"name": "flow_matching"}, "tokens": None,
+            "batch_size": 4, "data": {"source": "digits", "limit": 8}, "checkpointing": True}  # fmt: skip
+    with pytest.raises(ConfigError, match="for flexible networks and FiT"):
+        train(config(tmp_path / "dit", **tree), quiet=True)
+
+
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     data = Shapes(channels=3)
     with pytest.raises(DataError, match="3 channels, the model takes 2"):

@@ -1,15 +1,13 @@
 """Packs of samples of any size on two gloo processes: the same training as one process with two packs per step."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from pliant.training import parse_config, train
+from support.training import in_two_processes
 
 
 def pictures(folder: Path) -> Path:
@@ -35,11 +33,7 @@ def test_two_processes_equal_two_packs(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps({**tree, "output": str(two)}))  # JSON is YAML
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "pliant.cli", "train", str(file)]
-    done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          timeout=400, check=False)  # fmt: skip
+    done = in_two_processes("train", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
     train(parse_config({**tree, "output": str(one), "accumulate": 2}), quiet=True)
     logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]

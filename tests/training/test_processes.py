@@ -1,9 +1,6 @@
 """Two gloo processes train like one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pliant.training import train
-from support.training import TINY_DIT, tiny_config
+from support.training import TINY_DIT, in_two_processes, tiny_config
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -34,11 +31,7 @@ def test_two_processes_equal_one(changes: dict[str, Any], tmp_path: Path) -> Non
     one, two = tmp_path / "one", tmp_path / "two"
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(tiny_config(two, steps=4, **changes).to_dict()))  # JSON is YAML
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "pliant.cli", "train", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = in_two_processes("train", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
     train(tiny_config(one, steps=4, **changes), quiet=True)
     assert len(rows(one)) == len(rows(two)) == 4

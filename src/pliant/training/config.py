@@ -360,6 +360,8 @@ class TrainConfig(Section):
     """Micro-batches per optimizer step and process."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; weights, optimizer and EMA stay float32."""
+    checkpointing: bool = False
+    """Compute every block again in the backward pass instead of keeping its activations: less memory, more time."""
     seed: int = Field(default=0, ge=0)
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -13,7 +13,7 @@ from pliant.denoiser import Denoiser
 from pliant.files import tensors_sha256
 
 # Settings that may differ without changing what a step computes.
-HARMLESS = frozenset({"steps", "checkpoint", "sampling", "log_every", "output", "resume"})
+HARMLESS = frozenset({"steps", "checkpoint", "sampling", "log_every", "output", "resume", "checkpointing"})
 
 
 def weights_hash(denoiser: Denoiser) -> str:

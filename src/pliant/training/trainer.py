@@ -130,6 +130,10 @@ class Trainer:
         self.blocks = self.accelerator.num_processes * config.accumulate
         """Forward passes of an optimizer step, over all processes."""
         self.denoiser = denoiser.to(self.device)
+        if config.checkpointing:
+            if not hasattr(denoiser.core, "checkpointing"):
+                raise ConfigError(f"checkpointing is for flexible networks and FiT; this is a {denoiser.core.family}")
+            vars(denoiser.core)["checkpointing"] = True
         beside = [module.to(self.device) for module in companions(objective)]
         self.state = Trainable(self.denoiser.network.train(), config, beside)
         objective = prepared(objective, self.denoiser, self.state.ema)
