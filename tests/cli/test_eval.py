@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import pliant
 from support.cli import Run, refused
+from support.training import in_two_processes
 
 pytest.importorskip("sklearn")
 
@@ -85,11 +83,7 @@ def test_reference_statistics_kept_in_a_file_give_the_same_distance(flexible: Pa
 
 def test_two_processes_measure_like_one(flexible: Path, run: Run) -> None:
     arguments = [str(a) for a in ("eval", flexible, *FAST, "--repeats", 2, "--batch-size", 6, "--json")]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "pliant.cli", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = in_two_processes(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     two, one = json.loads(done.stdout), run(*arguments).json
     assert two["recipe"] == one["recipe"]

@@ -221,3 +221,22 @@ def test_bad_states_and_settings() -> None:
         pliant.sample(model, Plan.uniform(model, 2, "euler", Compute(precision="int8d")), [1])
     with pytest.raises(ConfigError, match="flexify works on a DiT"):
         pliant.flexify(model, [4])
+
+
+def test_requests_of_different_sizes_wait_in_one_batcher() -> None:
+    from pliant.plans.batching import Request, sample_together
+
+    model = denoiser()
+    plan = Plan.uniform(model, 3, "euler", Compute(precision="fp32"), guidance=2.0)
+    requests = [
+        Request(plan, [1], [7]), Request(plan, [2], [8], size=(4, 8)), Request(plan, [0], [9], size=(4, 8)),
+        Request(plan, [3], [5], size=(8, 8), extrapolation="vision-yarn"),
+    ]  # fmt: skip
+    together = sample_together(model, requests)
+    for request, found in zip(requests, together, strict=True):
+        alone = pliant.sample(model, plan, request.cond, request.seeds, size=request.size,
+                              extrapolation=request.extrapolation)  # fmt: skip
+        assert found.shape == alone.shape
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(PlanError, match=r"request 1: size 7x8 is no multiple"):
+        sample_together(model, [requests[0], Request(plan, [1], size=(7, 8))])
