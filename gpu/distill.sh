@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Few steps on CIFAR-10: reflow and rfpp from the model of gpu/cifar10.sh, on one store of pairs; then the table.
+# Few steps on CIFAR-10 from the model of gpu/cifar10.sh: reflow and rfpp on one store of pairs, CTM and MeanFlow on the
+# real images; then the table.
 #
-#   gpu/distill.sh [--smoke] [reflow|rfpp|measure|all]
+#   gpu/distill.sh [--smoke] [reflow|rfpp|ctm|mean-flow|measure|all]
 #
 # Every stage resumes where it stopped, so it may be cut off and called again. TEACHER: the trained model (default: what
-# gpu/cifar10.sh leaves). DATA: folder with cifar10-train.parquet, for the measurements. OUT: where results go.
+# gpu/cifar10.sh leaves). DATA: folder with cifar10-train.parquet. OUT: where results go.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-../shared/data}
@@ -12,7 +13,7 @@ OUT=${OUT:-runs/out}
 TEACHER=${TEACHER:-runs/cifar10-flow/model}
 PYTHON=${PYTHON:-$(command -v .venv/bin/python || command -v python3)}
 export PYTHONPATH="src:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
-run=runs/cifar10-few num=10000 repeats=3 reference=cifar10-train.parquet
+limit=() run=runs/cifar10-few num=10000 repeats=3 reference=cifar10-train.parquet
 # 250,000 pairs of 18 Heun steps (35 evaluations), as rfpp's 1M for its own models; 20,000 steps of 256.
 pairs=(pairs.count=250000 pairs.shard_size=5000 pairs.batch_size=1000 pairs.plan.steps=18 pairs.plan.solver=heun)
 train=(
@@ -24,6 +25,7 @@ if [[ ${1:-} == --smoke ]]; then
     run=runs/smoke-few num=20 repeats=2 reference=cifar10-test.parquet
     TEACHER=runs/smoke-few-teacher
     pairs=(pairs.count=32 pairs.shard_size=16 pairs.plan.steps=2 pairs.plan.solver=heun)
+    limit=(data.limit=64)
     train=(train.steps=2 train.batch_size=8 train.log_every=1 train.checkpoint.every=1)
     if [[ ! -d $TEACHER ]]; then # a small random model of CIFAR-10's shape
         "$PYTHON" - "$TEACHER" <<'PY'
@@ -55,10 +57,19 @@ distill() {
         "${shared[@]}" "${train[@]}" "$@"
 }
 
+jumps() {
+    # Real images; the teacher's velocities are the target. MeanFlow's derivative wants fp32.
+    local recipe=$1 resume=()
+    shift
+    [[ -d $run/$recipe ]] && resume=(--resume)
+    "$PYTHON" -m pliant.cli distill "$recipe" --teacher "$TEACHER" --out "$run/$recipe" "${resume[@]}" \
+        "data.source=$DATA/cifar10-train.parquet" data.split=train "${limit[@]}" "${train[@]}" "$@"
+}
+
 measure() {
     local device
     device=$("$PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
-    "$PYTHON" benchmarks/few_step.py --teacher "$TEACHER" --out "$run" --only reflow rfpp --no-train --device "$device" \
+    "$PYTHON" benchmarks/few_step.py --teacher "$TEACHER" --out "$run" --only reflow rfpp ctm mean-flow --no-train --device "$device" \
         --reference "$DATA/$reference" --extractor cifar10-classifier --num "$num" --repeats "$repeats"
     cp "$run"/few-step.{json,md} "$OUT"
 }
@@ -66,7 +77,10 @@ measure() {
 case $stage in
     reflow) distill reflow ;;
     rfpp) distill rfpp ;; # Huber, configuration D; metric.name=perceptual-huber where lpips is installed
+    ctm) jumps ctm objective.intervals=18 objective.most=17 ;;
+    mean-flow) jumps mean-flow train.precision=fp32 ;;
     measure) measure ;;
-    all) distill reflow && distill rfpp && measure ;;
-    *) echo "unknown stage $stage: reflow, rfpp, measure or all" >&2; exit 2 ;;
+    all) distill reflow && distill rfpp && jumps ctm objective.intervals=18 objective.most=17 \
+        && jumps mean-flow train.precision=fp32 && measure ;;
+    *) echo "unknown stage $stage: reflow, rfpp, ctm, mean-flow, measure or all" >&2; exit 2 ;;
 esac
