@@ -16,7 +16,7 @@ BASELINE_COLOURS = ("#555555", "#8C8C8C", "#B0B0B0", "#6B7785")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 BASELINE_DASHES = ("--", ":", "-.", (0, (1, 1)))
 INK = "#1c2026"
-LOG_ABOVE = 12.0
+LOG_ABOVE = 6.0
 """Ratio of largest to smallest distance from which the axis is logarithmic."""
 
 
@@ -55,7 +55,7 @@ def plot(rows: Sequence[Row], title: str, metric: str, level: float, machine: st
         axes[0, 0].set_ylabel(f"{metric}, lower is better")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9.5
+            handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9.5
         )
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=150)
@@ -66,6 +66,7 @@ def plot(rows: Sequence[Row], title: str, metric: str, level: float, machine: st
 
 def _panel(axis: Any, rows: Sequence[Row], places: Sequence[float], label: str) -> None:
     """One curve per family of several points, single points as markers; the full plan as a line across."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     families: dict[str, list[int]] = {}
@@ -107,8 +108,8 @@ def _panel(axis: Any, rows: Sequence[Row], places: Sequence[float], label: str) 
         if kind == "planner" and number == 0:
             for k, place, value in zip(members, x, y, strict=True):
                 axis.annotate(
-                    rows[k].entry.budget, (place, value), (0, -8), textcoords="offset points",
-                    ha="center", va="top", fontsize=8.5, color=colour,
+                    rows[k].entry.budget, (place, value), (0, -8), textcoords="offset points", ha="center", va="top",
+                    fontsize=8.5, color=colour, zorder=6, path_effects=[withStroke(linewidth=2.5, foreground="white")],
                 )  # fmt: skip
     values = [row.quality.value for row in rows]
     positive = [v for v in values if v > 0]
@@ -117,7 +118,8 @@ def _panel(axis: Any, rows: Sequence[Row], places: Sequence[float], label: str) 
         axis.set_yscale("log")
         lows = [i.low for row in rows if (i := row.interval) and i.low > 0]
         axis.set_ylim(bottom=0.8 * min([*positive, *(v for v in lows if v > 0.3 * min(positive))]))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        spread = max(values) / min(positive)
+        axis.yaxis.set_minor_formatter(FuncFormatter(_two_and_five) if spread < 100 else NullFormatter())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     else:
         axis.set_ylim(bottom=0)
