@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -177,6 +178,34 @@ def test_variations_always_run_and_keep_to_the_budget():
         seen.add(plan.digest())
         values = [value, *values[:5]]
     assert len(seen) > 40 and dropped < 10
+
+
+def test_fitted_coefficients_of_any_plan():
+    """At the same cost nearer to the teacher that it names; caches and remembered references cannot be fitted."""
+    from pliant.planning.refit import refitted, teacher_of
+
+    plan = Plan.weak_to_powerful(MODEL, 5, weak_steps=2, guidance=1.5)
+    plan = plan.with_steps([replace(s, guidance=None) if s.t < 0.3 else s for s in plan.steps])
+    fitted = refitted(MODEL, plan, samples=12)
+    assert fitted.cost(MODEL).flops == plan.cost(MODEL).flops and fitted.times == plan.times
+    teacher = teacher_of(MODEL, plan)
+    assert all((s.guidance is None) == (s.t <= 0.2 + 1e-9) and s.compute == Compute() for s in teacher.steps)
+    labels, seeds = list(range(10)), list(range(10))
+    target = sample(MODEL, teacher, labels, seeds)
+    error = [float((sample(MODEL, p, labels, seeds) - target).square().mean()) for p in (plan, fitted)]
+    assert error[1] < 0.6 * error[0]
+    assert refitted(MODEL, Plan.uniform(MODEL, 6).cached(MODEL, "fora", interval=2)) is None
+    assert refitted(MODEL, Plan.uniform(MODEL, 4, "heun")) is None
+
+
+def test_auto_takes_fitted_coefficients_where_they_are_better():
+    judge = Judge(lambda plan: 0.0 if plan.steps[0].solver.name == "rows" else 1.0 + len(plan.steps))
+    found = auto(MODEL, "4%", objective=judge, guidance=1.5, evaluations=16, **FEW)
+    assert found.plan.steps[0].solver.name == "rows" and found.quality.value == 0.0
+    assert found.plan.provenance["fitted"] == {"samples": 32, "seed": 0}
+    judge = Judge(judge.value)
+    found = auto(MODEL, "4%", objective=judge, guidance=1.5, evaluations=16, fit=False, **FEW)
+    assert found.quality.value > 0.0
 
 
 def test_a_cached_plan_is_a_plan_and_a_preset():

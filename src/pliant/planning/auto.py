@@ -1,8 +1,8 @@
 """`auto`: the joint search over solver, number and times of steps, patch size and exit per step, guidance and caches.
 
 It starts from closed forms and from the winners of single techniques, varies them by evolution with a cheap
-distributional objective, and chooses on fresh seeds among finalists that always include the best start: on its own
-objective it is never worse than the best single technique it knew.
+distributional objective, fits the coefficients of the best, and chooses on fresh seeds among finalists that always
+include the best start: on its own objective it is never worse than the best single technique it knew.
 
 Why not the error to the all-powerful sample: that ranks weak-first and weak-last schedules wrongly (`objective`).
 """
@@ -21,6 +21,7 @@ from pliant.planning.objective import Objective, Score
 from pliant.planning.openings import openings
 from pliant.planning.plan_space import CACHES, SOLVERS, Menu, PlanSpace
 from pliant.planning.racing import Effort, Recalled, cheaper, journal_of, search_plans
+from pliant.planning.refit import refitted
 from pliant.planning.relative import RelativeObjective
 from pliant.planning.result import PlanResult, Progress
 from pliant.planning.task import Task
@@ -50,12 +51,14 @@ def auto(
     planners: Sequence[str] = (),
     solvers: Sequence[SolverLike] = SOLVERS,
     caches: bool = True,
+    fit: bool = True,
 ) -> PlanResult:
     """The best plan found within the budget.
 
     starts: plans to start from as well, such as other planners' winners; those over the budget are left out. planners:
-    names of planners that are run first, in turn, for at most a quarter of the time. objective: a `FrechetObjective`;
-    None: relative to the samples of full compute, in features that need no trained network. The rest: `Effort`.
+    names of planners that are run first, in turn, for at most a quarter of the time. fit: try fitted coefficients on
+    the first finalists (`refit`). objective: a `FrechetObjective`; None: relative to the samples of full compute, in
+    features that need no trained network. The rest: `Effort`.
     """
     task = Task.begin("auto", model, budget, objective, steps, guidance, seed, progress)
     effort = Effort(evaluations, seconds, journal, finalists, num)
@@ -87,6 +90,7 @@ def auto(
             rules=RULES,
             journal=diary,
             spent=spent,
+            improve=(lambda plan: refitted(model, plan, seed)) if fit else None,
         )
     finally:
         diary.close()

@@ -24,6 +24,8 @@ from pliant.plans import Plan
 SEARCH_SHARE = 0.7
 """Of the time: for the search; the rest is for finalists."""
 RULES = Rules()
+IMPROVED = 4
+"""Finalists that `improve` is tried on."""
 RACED = 3
 """Finalists that are measured on fresh seeds."""
 
@@ -89,9 +91,11 @@ def search_plans(
     screen: Screen | None = None,
     journal: Journal | None = None,
     spent: float = 0.0,
+    improve: Callable[[Plan], Plan | None] | None = None,
 ) -> PlanResult:
     """The three rungs. decode: candidate -> plan within the budget; keep: plans that are finalists in any case.
 
+    improve: a plan that costs no more and is hoped to be better, tried on the first few finalists; None: there is none.
     spent: seconds of the effort that are gone already. What comes back was chosen on fresh seeds, if the objective has
     any; `quality` is then what was measured there.
     """
@@ -111,6 +115,8 @@ def search_plans(
             progress=task.progress,
         )
         plans = finalists(evolved, decode, effort, cheap, objective, keep)
+        if improve is not None:
+            plans += _improved(plans, improve, task, own)
         full = Recalled(objective, own)
         tried = [Candidate(plan, plan.cost(task.model), full(plan)) for plan in plans]
         task.tried.extend(tried)
@@ -154,6 +160,25 @@ def finalists(
     if not plans:
         _ = evolved.best  # raises, saying why
     return list(plans.values())
+
+
+def _improved(
+    plans: Sequence[Plan], improve: Callable[[Plan], Plan | None], task: Task, journal: Journal
+) -> list[Plan]:
+    """What `improve` makes of the first few, if it keeps to the budget and is not there already."""
+    known, found = {p.digest() for p in plans}, []
+    for plan in plans[:IMPROVED]:
+
+        def made(plan: Plan = plan) -> Any:
+            better = improve(plan)
+            return None if better is None else better.to_dict()
+
+        data = journal.noted(f"improved {plan.digest()}", made)
+        better = None if data is None else Plan.from_dict(data)
+        if better is not None and better.digest() not in known and task.fits(better):
+            known.add(better.digest())
+            found.append(better)
+    return found
 
 
 def _ratio(objective: Objective, cheap: Objective) -> float:
