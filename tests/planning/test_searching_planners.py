@@ -27,7 +27,7 @@ from pliant.plans import Plan, sample
 from pliant.solvers import compile_program, get_solver, normal_form
 
 MODEL = pliant.load("digits")
-FEW = {"solvers": ["dpmpp-2m", "unipc-3"], "caches": False}
+FEW = {"solvers": ["dpmpp-2m", "unipc-3"], "caches": False, "fit": False}
 FULL = Plan.uniform(MODEL, 50, guidance=1.5).cost(MODEL).flops
 
 
@@ -71,7 +71,7 @@ def wants_weak_first(plan: Plan) -> float:
 @pytest.mark.slow
 def test_auto_finds_a_planted_plan_that_no_single_technique_has():
     judge = Judge(wants_weak_first)
-    found = auto(MODEL, "10%", objective=judge, guidance=1.5, evaluations=300, seed=0)
+    found = auto(MODEL, "10%", objective=judge, guidance=1.5, evaluations=300, seed=0, fit=False)
     task = Task.begin("auto", MODEL, "10%", judge, 50, 1.5, 0, None)
     singles = min(wants_weak_first(p) for p in openings(task, Menu.of(MODEL, Guidance.cfg(1.5))))
     assert singles > 2.0
@@ -200,11 +200,11 @@ def test_fitted_coefficients_of_any_plan():
 
 def test_auto_takes_fitted_coefficients_where_they_are_better():
     judge = Judge(lambda plan: 0.0 if plan.steps[0].solver.name == "rows" else 1.0 + len(plan.steps))
-    found = auto(MODEL, "4%", objective=judge, guidance=1.5, evaluations=16, **FEW)
+    found = auto(MODEL, "4%", objective=judge, guidance=1.5, evaluations=12, **{**FEW, "fit": True})
     assert found.plan.steps[0].solver.name == "rows" and found.quality.value == 0.0
-    assert found.plan.provenance["fitted"] == {"samples": 32, "seed": 0}
+    assert found.plan.provenance["fitted"]["seed"] == 0
     judge = Judge(judge.value)
-    found = auto(MODEL, "4%", objective=judge, guidance=1.5, evaluations=16, fit=False, **FEW)
+    found = auto(MODEL, "4%", objective=judge, guidance=1.5, evaluations=12, **FEW)
     assert found.quality.value > 0.0
 
 

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
+from random import Random
+from typing import Any
 
 from pliant.denoiser import Denoiser
 from pliant.errors import PliantError
-from pliant.planning.evolution import Rules
-from pliant.planning.journal import Journal
-from pliant.planning.objective import Objective, Score
+from pliant.planning.evolution import Rules, evolve
+from pliant.planning.journal import Journal, key_of
+from pliant.planning.objective import Objective
 from pliant.planning.openings import openings
 from pliant.planning.plan_space import CACHES, SOLVERS, Menu, PlanSpace
-from pliant.planning.racing import Effort, Recalled, cheaper, journal_of, search_plans
+from pliant.planning.racing import SEARCH_SHARE, Effort, Recalled, cheaper, journal_of, search_plans
 from pliant.planning.refit import refitted
 from pliant.planning.relative import RelativeObjective
 from pliant.planning.result import PlanResult, Progress
@@ -30,6 +33,12 @@ from pliant.solvers import SolverLike
 
 SINGLES_SHARE = 0.25
 """Of the time: for planners of single techniques before the joint search."""
+STRUCTURE_SHARE = 0.6
+"""Of the evaluations and the time: for structures with named solvers; the rest is for fitted ones."""
+KEPT = 2
+"""Best starts and best unfitted plans that are finalists in any case."""
+FIT_SAMPLES, FIT_FINE = 16, 40
+"""Of the fits while searching; finalists are fitted again on more."""
 RULES = Rules(population=12, parents=10, crossover=0.25, fresh=0.05)
 
 
@@ -71,27 +80,50 @@ def auto(
         known = [p for p in starts if task.fits(p)]
         known += _singles(task, planners, judge, effort, diary, seed)
         space = PlanSpace(task, menu, [])
-        first = [space.encode(p) for p in [*known, *openings(task, menu)]]
+        measure = Recalled(cheaper(judge, num), diary)
+        ranked = sorted(known, key=lambda plan: measure(plan).value)
+        room = max(6, evaluations // 2 - len(ranked))
+        first = [space.encode(p) for p in [*ranked, *openings(task, menu, room)]]
         first = [c for c in first if space.spent(c) <= task.limit]
         if not first:
             raise task.too_small(cheapest(task, menu))
         space.starts = first
-        spent = time.perf_counter() - begun
-        best = _best(known, Recalled(cheaper(judge, num), diary))
-        return search_plans(
-            task,
-            judge,
+        # First the structure with named solvers; then, with what is left, structures with coefficients of their own.
+        share = STRUCTURE_SHARE if fit else 1.0
+        prepared = time.perf_counter() - begun
+        cheap = cheaper(judge, num)
+        early = evolve(
             space,
-            space.decode,
-            effort,
+            lambda candidate: cheap(space.decode(candidate)),
+            max(1, round(share * evaluations)),
+            seconds=None if seconds is None else share * SEARCH_SHARE * seconds,
             seed=seed,
             initial=first,
-            keep=best,
             rules=RULES,
             journal=diary,
-            spent=spent,
+            progress=progress,
+        )
+        leaders = [e.candidate for e in early.ranked]
+        keep = [*ranked[:KEPT], *(space.decode(c) for c in leaders[:KEPT])]
+        rest = evaluations - len(early.history)
+        late = FittedSpace(space, seed)
+        found = search_plans(
+            task,
+            judge,
+            late if fit else space,
+            late.decode if fit else space.decode,
+            replace(effort, evaluations=max(1, rest)),
+            seed=seed + 1,
+            initial=[late.mark(c) for c in leaders[: max(1, rest // 2)]] if fit else leaders[:1],
+            keep=keep,
+            rules=RULES,
+            journal=diary,
+            spent=prepared + early.seconds,
             improve=(lambda plan: refitted(model, plan, seed)) if fit else None,
         )
+        measured = found.settings["search"]["measured"] + (len(early.history) if fit else len(early.history) - 1)
+        found.settings["search"].update(measured=measured, seconds=found.settings["search"]["seconds"] + early.seconds)
+        return replace(found, evaluations=found.evaluations + len(early.history))
     finally:
         diary.close()
 
@@ -137,11 +169,35 @@ def _singles(
     return found
 
 
-def _best(known: Sequence[Plan], measure: Recalled) -> list[Plan]:
-    """The best two of the given plans by the cheap measure: they are finalists whatever the search finds."""
+class FittedSpace:
+    """The same space; a candidate stands for its plan with fitted coefficients, where it can have them."""
 
-    def value(plan: Plan) -> float:
-        score: Score = measure(plan)
-        return score.value
+    def __init__(self, inner: PlanSpace, seed: int) -> None:
+        self.inner, self.seed = inner, seed
+        self._plans: dict[str, Plan] = {}
 
-    return sorted(known, key=value)[:2]
+    def mark(self, candidate: dict[str, Any]) -> dict[str, Any]:
+        return {**candidate, "fitted": FIT_SAMPLES}
+
+    def bare(self, candidate: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in candidate.items() if k != "fitted"}
+
+    def sample(self, rng: Random) -> dict[str, Any]:
+        return self.mark(self.inner.sample(rng))
+
+    def mutate(self, value: dict[str, Any], rng: Random) -> dict[str, Any]:
+        return self.mark(self.inner.mutate(self.bare(value), rng))
+
+    def cross(self, a: dict[str, Any], b: dict[str, Any], rng: Random) -> dict[str, Any]:
+        return self.mark(self.inner.cross(self.bare(a), self.bare(b), rng))
+
+    def repair(self, value: dict[str, Any], rng: Random) -> dict[str, Any] | None:
+        found = self.inner.repair(self.bare(value), rng)
+        return None if found is None else self.mark(found)
+
+    def decode(self, candidate: dict[str, Any]) -> Plan:
+        key = key_of(candidate)
+        if key not in self._plans:
+            plan = self.inner.decode(self.bare(candidate))
+            self._plans[key] = refitted(self.inner.model, plan, self.seed, FIT_SAMPLES, fine=FIT_FINE) or plan
+        return self._plans[key]

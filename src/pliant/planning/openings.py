@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeAlias
+from itertools import zip_longest
+from typing import Any, TypeAlias
 
+from pliant.compute import Compute
 from pliant.errors import PliantError
 from pliant.guidance import Guidance, weak_scale
 from pliant.planning.plan_space import Menu
 from pliant.planning.task import Task
-from pliant.plans import Plan
+from pliant.plans import Plan, Step
 from pliant.plans.guiding import computed_every
+from pliant.plans.plan import Times
+from pliant.solvers import Solver
 
 Layout: TypeAlias = Callable[[int], Plan]
 """Number of steps -> plan."""
@@ -20,12 +24,20 @@ SHIFTS = (0.5, 2.0, 3.0)
 WEAK_SHARES = (0.3, 0.5, 0.7, 1.0)
 INTERVALS = ((0.0, 0.0), (0.0, 0.5), (0.5, 1.0), (0.25, 0.75), (0.1, 0.4))
 """Guided steps, as shares of their number: none, the noisy half, the clean half, the middle."""
+SCALES = (2.0, 0.5, 4.0)
+"""Of how far guidance goes, times what was asked for."""
 
 
-def openings(task: Task, menu: Menu) -> list[Plan]:
-    """The most steps that the budget pays for in every layout that this model and path can run; no two alike."""
+def openings(task: Task, menu: Menu, most_plans: int | None = None) -> list[Plan]:
+    """The most steps that the budget pays for in every layout that this model and path can run; no two alike.
+
+    most_plans: so many at most, from every kind of layout in turn.
+    """
     plans: dict[str, Plan] = {}
-    for layout in layouts(task, menu):
+    turns = zip_longest(*layouts(task, menu))
+    for layout in (each for turn in turns for each in turn if each is not None):
+        if most_plans is not None and len(plans) >= most_plans:
+            break
         plan = most(task, layout)
         if plan is not None:
             plans.setdefault(plan.digest(), plan)
@@ -51,38 +63,39 @@ def most(task: Task, layout: Layout) -> Plan | None:
     return found
 
 
-def layouts(task: Task, menu: Menu) -> Iterator[Layout]:
-    """Each technique by itself, and the pairs that are usually good together."""
+def layouts(task: Task, menu: Menu) -> list[list[Layout]]:
+    """By kind: solvers, weak steps first, guidance, cheaper references, times, caches."""
     model, cfg, solver = task.model, task.cfg, menu.solvers[0]
-    weak = menu.computes[1:]
-    for each in menu.solvers:
-        yield lambda n, each=each: Plan.uniform(model, n, each, guidance=cfg)  # type: ignore[misc]
-    for shift in SHIFTS:
-        times = {"name": "shifted", "shift": shift}
-        yield lambda n, times=times: Plan.uniform(model, n, solver, guidance=cfg, times=times)  # type: ignore[misc]
-    references: list[Guidance | None] = [cfg]
+
+    def uniform(solver: Solver, guidance: Guidance | None, times: Times = None) -> Layout:
+        return lambda n: Plan.uniform(model, n, solver, guidance=guidance, times=times)
+
+    def weak(compute: Compute, share: float, guidance: Guidance | None) -> Layout:
+        return lambda n: weak_first(Plan.uniform(model, n, solver, guidance=guidance), compute, share)
+
+    def part(interval: tuple[float, float]) -> Layout:
+        return lambda n: guided_part(Plan.uniform(model, n, solver, guidance=cfg), *interval)
+
+    def every(guidance: Guidance, period: int) -> Layout:
+        return lambda n: computed_every(Plan.uniform(model, n, solver, guidance=guidance), guidance, period)
+
+    def cached(cache: dict[str, Any]) -> Layout:
+        return lambda n: Plan.uniform(model, n, solver, guidance=cfg).cached(model, **cache)
+
+    weaker = menu.computes[1:]
+    solvers = [uniform(each, cfg) for each in menu.solvers]
+    splits = [weak(c, share, cfg) for share in WEAK_SHARES for c in weaker]
+    times = [uniform(solver, cfg, {"name": "shifted", "shift": shift}) for shift in SHIFTS]
+    guided, references = list[Layout](), list[Layout]()
     if cfg is not None:
-        for interval in INTERVALS:
-            yield lambda n, i=interval: guided_part(Plan.uniform(model, n, solver, guidance=cfg), *i)  # type: ignore[misc]
-        for period in (2, 3):
-            yield lambda n, p=period: computed_every(  # type: ignore[misc]
-                Plan.uniform(model, n, solver, guidance=cfg), cfg, p
-            )
-        for compute in weak:
-            references.append(replace(cfg, compute=compute))
-            references.append(Guidance.weak_model(weak_scale(cfg.scale), compute))
-    for reference in references[1:]:
-        yield lambda n, g=reference: Plan.uniform(model, n, solver, guidance=g)  # type: ignore[misc]
-    for compute in weak:
-        for share in WEAK_SHARES:
-            for reference in references:
-                if reference is None or reference.against == "null":
-                    yield lambda n, c=compute, s=share, g=reference: weak_first(  # type: ignore[misc]
-                        Plan.uniform(model, n, solver, guidance=g), c, s
-                    )
-    for cache in menu.caches:
-        if cache is not None:
-            yield lambda n, c=cache: Plan.uniform(model, n, solver, guidance=cfg).cached(model, **c)  # type: ignore[misc]
+        guided += [part(interval) for interval in INTERVALS]
+        guided += [uniform(solver, replace(cfg, scale=1.0 + factor * (cfg.scale - 1.0))) for factor in SCALES]
+        references += [every(cfg, period) for period in (2, 3)]
+        for c in weaker:
+            references.append(uniform(solver, Guidance.weak_model(weak_scale(cfg.scale), c)))
+            references.append(uniform(solver, replace(cfg, compute=c)))
+    caches = [cached(cache) for cache in menu.caches if cache is not None]
+    return [solvers, splits, guided, references, times, caches]
 
 
 def guided_part(plan: Plan, first: float, last: float) -> Plan:
@@ -93,11 +106,11 @@ def guided_part(plan: Plan, first: float, last: float) -> Plan:
     )
 
 
-def weak_first(plan: Plan, weak: object, share: float) -> Plan:
+def weak_first(plan: Plan, weak: Compute, share: float) -> Plan:
     """The first steps weak, their references no stronger."""
     count = round(share * len(plan.steps))
 
-    def weakened(step):  # type: ignore[no-untyped-def]
+    def weakened(step: Step) -> Step:
         g = step.guidance
         return replace(step, compute=weak, guidance=None if g is None else replace(g, compute=None))
 

@@ -22,7 +22,9 @@ from pliant.solvers import get_solver, nodes_of
 FINE, SAMPLES, RIDGE = 60, 32, 1e-5
 
 
-def refitted(model: Denoiser, plan: Plan, seed: int = 0, samples: int = SAMPLES, ridge: float = RIDGE) -> Plan | None:
+def refitted(
+    model: Denoiser, plan: Plan, seed: int = 0, samples: int = SAMPLES, ridge: float = RIDGE, fine: int = FINE
+) -> Plan | None:
     """The plan with a fitted row for every step, at the same cost.
 
     None for plans whose calls depend on earlier ones (caches, remembered references), whose solvers evaluate more than
@@ -36,7 +38,7 @@ def refitted(model: Denoiser, plan: Plan, seed: int = 0, samples: int = SAMPLES,
     which = [modes.index(Mode(s.compute, s.guidance)) for s in plan.steps]
     try:
         field = ModelField(model, plan.times, labels.tolist(), modes)
-        teacher = teacher_trajectories(model, teacher_of(model, plan), seeds)
+        teacher = teacher_trajectories(model, teacher_of(model, plan, fine), seeds)
         nodes = nodes_of(model.path, plan.times)
         found = fit_rows(
             lambda x, place: field.output(x, place, which[place]),
@@ -55,12 +57,12 @@ def refitted(model: Denoiser, plan: Plan, seed: int = 0, samples: int = SAMPLES,
     return fitted
 
 
-def teacher_of(model: Denoiser, plan: Plan) -> Plan:
+def teacher_of(model: Denoiser, plan: Plan, fine: int = FINE) -> Plan:
     """Many second-order steps at full compute from the same start, guided as the plan is at each time."""
-    fine = Plan.uniform(model, FINE)
+    grid = Plan.uniform(model, fine)
     start, end = plan.times[0], plan.end
-    span = fine.times[0] - fine.end
-    times = [end + (start - end) * (t - fine.end) / span for t in fine.times[:-1]]
+    span = grid.times[0] - grid.end
+    times = [end + (start - end) * (t - grid.end) / span for t in grid.times[:-1]]
     solver = get_solver("dpmpp-2m")
     rows = []
     for t in times:
