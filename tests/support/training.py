@@ -75,7 +75,7 @@ def equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def in_two_processes(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
     """The command line on two gloo processes. (`accelerate launch --cpu --num_processes 2` starts only one.)"""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
         [*launch, "-m", "pliant.cli", *arguments], env=environment, capture_output=True, text=True, timeout=timeout,
