@@ -191,8 +191,9 @@ def test_rectified_diffusion_needs_no_linear_path() -> None:
     z, x0 = pairs()
     after = first_order_gap(
         fit(
-            FlowMatching(class_dropout=0.0, coupling=Stored(), space="sample"), MLP(), pair_batches(z, x0), steps=3000,
-            path="vp", prediction="sample",
+            # v-predictions determine both clean data and noise at both ends of the path.
+            FlowMatching(class_dropout=0.0, coupling=Stored(), space="v_prediction"), MLP(), pair_batches(z, x0),
+            steps=3000, path="vp", prediction="v_prediction",
         )
     )  # fmt: skip
     print("first-order gap, one-step error: exact diffusion", before, "rectified", after)
