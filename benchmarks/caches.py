@@ -109,11 +109,11 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def diffusers_dit() -> Any:
+def diffusers_dit(side: int = 32) -> Any:
     from diffusers import DiTTransformer2DModel
 
     net = DiTTransformer2DModel(
-        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, sample_size=32,
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, sample_size=side,
         patch_size=2,
     )  # fmt: skip
     weights(net)
@@ -126,12 +126,12 @@ def diffusers_dit() -> Any:
 class Request:
     """DDIM on one starting noise."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, side: int = 32) -> None:
         from diffusers import DDIMScheduler
 
         self.scheduler = DDIMScheduler(clip_sample=False)
         self.scheduler.set_timesteps(steps)
-        self.start = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+        self.start = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1))
         self.times = [float(t) / 1000 for t in self.scheduler.timesteps]
         self.now = 0
 
@@ -268,11 +268,11 @@ def full_steps(middle: Any, run: Run) -> tuple[Tensor, int]:
         handle.remove()
 
 
-def peers(steps: int, rounds: int, folder: str | None) -> list[dict[str, Any]]:
+def peers(steps: int, rounds: int, folder: str | None, side: int) -> list[dict[str, Any]]:
     from pliant.integrations import SiteTransformer, sites_of
     from pliant.integrations.sites.schedule import cache_schedule
 
-    net, request = diffusers_dit(), Request(steps)
+    net, request = diffusers_dit(side), Request(steps, side)
     found = pairs(net, request, steps)
     if folder:
         sys.path.append(folder)
@@ -326,13 +326,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--side", type=int, default=32, help="of the peers' latents: smaller ones show overheads")
     parser.add_argument("--cache-dit", help="folder that pip installed cache-dit into")
     parser.add_argument("--part", choices=["overhead", "peers"], help="only this")
     parser.add_argument("--json", help="also write the rows here")
     args = parser.parse_args()
     with torch.no_grad():
         rows = [] if args.part == "peers" else overhead(args.rounds)
-        rows += [] if args.part == "overhead" else peers(args.steps, args.rounds, args.cache_dit)
+        rows += [] if args.part == "overhead" else peers(args.steps, args.rounds, args.cache_dit, args.side)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=2)

@@ -371,3 +371,21 @@ def test_the_cost_is_what_is_counted(network: DiT, compute: Compute) -> None:
     call = Call(lower(compute, SITES), sites, cache, "net", ("cond",), Moment(1, 1.0, 0.0))
     counted = counted_flops(lambda: call() if call.from_memory else call(*inputs))
     assert counted == BATCH * 2 * spent_macs(shape, compute, WITHOUT_CONDITIONING)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_bf16_forecasts_keep_the_differences_of_close_values(order: int) -> None:
+    """Values near 4 that differ by a few of bf16's last bits (1/64): their trend survives, rounded a little."""
+    generator = torch.Generator().manual_seed(order)
+    steps = torch.randint(-3, 4, (order + 1, 2, 5, 8), generator=generator) / 64
+    kept = (4 + steps.cumsum(0)).bfloat16()
+    cache, reuse = Cache(depth=order + 1), Reuse("branch", order)
+    for j, value in enumerate(kept):
+        cache.write(("net", ("branch", 0, 1)), ("cond",), (value,), Moment(2 * j, 0.5, 0.0))
+    at = Moment(2 * order + 1, 0.5, 0.0)
+    (found,) = cache.read(("net", ("branch", 0, 1)), ("cond",), reuse, at)
+    weights = forecast_weights(at.step, [2.0 * j for j in reversed(range(order + 1))])
+    exact = sum(w * v.double() for w, v in zip(weights, kept.flip(0), strict=True))
+    assert found is not None and found.dtype == torch.bfloat16
+    assert (found.double() - exact).abs().max() <= order * 2**-6 * 1.01  # half a last bit per term
+    assert float((exact - kept[-1].double()).abs().max()) > 2**-6, "nothing to lose"

@@ -210,12 +210,25 @@ class Cache:
             row: forecast_weights(at, [self._moments[w].on(reuse.on) for w in row], reuse.basis, reuse.fit)
             for row in {tuple(r) for r in table}
         }
+        if len(known) == 1:  # all rows were written together after all
+            return list(next(iter(known.values())))
         columns = zip(*(known[tuple(r)] for r in table), strict=True)
         return [torch.tensor(c, dtype=torch.float32) for c in columns]
 
 
 def _mix(values: Sequence[Tensor], weights: Sequence[float | Tensor], dtype: torch.dtype) -> Tensor:
-    """Weighted sum in float32 or wider: newest values are nearly equal, and bf16 would lose their difference."""
+    """Weighted sum in float32 or wider: newest values are nearly equal, and bf16 would lose their difference.
+
+    In bf16, where weights add up to 1 (polynomials), as `newest + sum w_j (value_j - newest)` without wide copies, a
+    third of the memory traffic: differences of values within a factor of 2 are exact, every term rounds once.
+    """
+    numbers = [w for w in weights if isinstance(w, float)]
+    if values[0].dtype == dtype == torch.bfloat16 and len(numbers) == len(values) and abs(sum(numbers) - 1) < 1e-9:
+        newest = values[0]
+        out = torch.lerp(newest, values[1], numbers[1])
+        for value, number in zip(values[2:], numbers[2:], strict=True):
+            out.add_(value - newest, alpha=number)
+        return out
     wide = torch.promote_types(values[0].dtype, torch.float32)
     total: Tensor | None = None
     for value, weight in zip(values, weights, strict=True):
