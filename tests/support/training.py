@@ -78,6 +78,6 @@ def in_two_processes(*arguments: str, timeout: float = 400) -> subprocess.Comple
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
-        [*launch, "-m", "pliant.cli", *arguments], env=environment, capture_output=True, text=True, timeout=timeout,
+        [*launch, "-m", "--", "pliant.cli", *arguments], env=environment, capture_output=True, text=True, timeout=timeout,
         check=False,
     )  # fmt: skip
