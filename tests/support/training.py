@@ -77,7 +77,5 @@ def in_two_processes(*arguments: str, timeout: float = 400) -> subprocess.Comple
     """The command line on two gloo processes. (`accelerate launch --cpu --num_processes 2` starts only one.)"""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [*launch, "-m", "--", "pliant.cli", *arguments], env=environment, capture_output=True, text=True, timeout=timeout,
-        check=False,
-    )  # fmt: skip
+    launch += ["-m", "--", "pliant.cli", *arguments]  # "--": or torchrun takes the verb's options for its own
+    return subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
