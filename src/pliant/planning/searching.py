@@ -46,17 +46,23 @@ def planner_seeds(seed: int, count: int, purpose: int = 0) -> list[int]:
 
 
 def prepare(
-    task: Task, seed: int, nodes: int = NODES, samples: int = SAMPLES, modes: Sequence[Mode] | None = None
+    task: Task,
+    seed: int,
+    nodes: int = NODES,
+    samples: int = SAMPLES,
+    modes: Sequence[Mode] | None = None,
+    guided: bool = True,
 ) -> Search:
     """A grid of `nodes` steps of the path's default, searched on `samples` trajectories; mode 0 is full compute.
 
-    The teacher takes `TEACHER_PARTS` second-order steps per interval. Gives the task a proxy objective if it has none.
+    The teacher takes `TEACHER_PARTS` second-order steps per interval; guided: with the task's guidance. Gives the task
+    a proxy objective if it has none.
     """
     model = task.model
     modes = tuple(modes or (Mode(task.full().steps[0].compute, task.cfg),))
-    parts = nodes * TEACHER_PARTS
+    parts, scale = nodes * TEACHER_PARTS, task.guidance if guided else None
     seeds = planner_seeds(seed, samples)
-    fine = teacher_trajectories(model, Plan.uniform(model, parts, "dpmpp-2m", guidance=task.guidance), seeds)
+    fine = teacher_trajectories(model, Plan.uniform(model, parts, "dpmpp-2m", guidance=scale), seeds)
     coarse = slice(None, None, TEACHER_PARTS)
     teacher = Trajectories(fine.nodes[coarse], fine.states[coarse], fine.clean[coarse])
     labels = labels_of(model, seeds)
