@@ -81,7 +81,7 @@ def plans(model: Denoiser, steps: int, precision: str) -> Iterator[tuple[str, Pl
         ("taylorseer", {}),
         ("icc", {"interval": 2, "rank": 4}),
         ("tome", {"ratio": 0.5}),
-        ("ras", {"metric": "update_norm"}),
+        ("ras", {"metric": "norm"}),
     ):
         try:
             yield f"{name}", base.cached(model, name, **options)
@@ -94,8 +94,8 @@ def plans(model: Denoiser, steps: int, precision: str) -> Iterator[tuple[str, Pl
         yield f"{name}, frozen", gated.freeze(model, [0, 1])
 
 
-def median_seconds(model: Denoiser, plan: Plan, batch: int, rounds: int, clock: Callable[[], float]) -> float:
-    """Of whole runs of a prepared sampler; the first is not counted."""
+def measured_seconds(model: Denoiser, plan: Plan, batch: int, rounds: int, clock: Callable[[], float]) -> float:
+    """Median of whole runs of a prepared sampler, from labels to the final state; the first is not counted."""
     sampler = Sampler(model, plan)
     labels, seeds = [i % model.num_classes for i in range(batch)], list(range(batch))
     found = []
@@ -141,7 +141,7 @@ def budgets(model: Denoiser, table: Throughput, args: argparse.Namespace) -> lis
             wanted = float(f"{share * full:.3g}")
             budget = Budget(seconds=wanted, batch=batch, throughput=table)
             plan = Plan.weak_to_powerful(model, args.steps, budget, guidance=2.0)
-            took = median_seconds(model, plan, batch, args.rounds, CLOCKS[args.clock])
+            took = measured_seconds(model, plan, batch, args.rounds, CLOCKS[args.clock])
             expected = prices.plan(plan).seconds
             rows.append({"batch": batch, "budget": wanted, "predicted": expected, "took": took, "of": took / wanted})
             print(f"  budget {wanted:.3g} s for {batch}: predicted {expected:.3g}, took {took:.3g} ({took / wanted:.1%})")
@@ -174,7 +174,7 @@ def main() -> None:
             for label, plan in plans(model, args.steps, precision):
                 for batch in args.batch:
                     expected = Prices(table, model, batch).plan(plan).seconds
-                    took = median_seconds(model, plan, batch, args.rounds, CLOCKS[args.clock])
+                    took = measured_seconds(model, plan, batch, args.rounds, CLOCKS[args.clock])
                     error = expected / took - 1
                     errors.append(error)
                     row = {"model": name, "plan": label, "precision": precision, "batch": batch}

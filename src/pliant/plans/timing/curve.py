@@ -27,6 +27,11 @@ class Curve:
         if not self.rows or len(self.rows) != len(self.seconds) or not ascending:
             raise ConfigError(f"a curve needs ascending rows with their seconds; got {self.rows} and {self.seconds}")
 
+    @property
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """(rows, seconds), ascending."""
+        return tuple(zip(self.rows, self.seconds, strict=True))
+
     def at(self, rows: float) -> float:
         """Seconds for so many rows (not necessarily whole). One point: in proportion. Never negative where the
         measured values are not."""
@@ -45,9 +50,9 @@ class Curve:
         """The same curve, every second times a factor."""
         return Curve(self.rows, tuple(s * factor for s in self.seconds))
 
-    def less(self, other: Curve) -> Curve:
-        """This minus another curve at this one's rows."""
-        return Curve(self.rows, tuple(s - other.at(r) for r, s in zip(self.rows, self.seconds, strict=True)))
+    def plus(self, constant: float) -> Curve:
+        """The same curve, so many seconds higher."""
+        return Curve(self.rows, tuple(s + constant for s in self.seconds))
 
     def to_list(self) -> list[list[float]]:
         return [[r, s] for r, s in zip(self.rows, self.seconds, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +40,7 @@ def _at(model: Denoiser, batch: int, watch: Watch) -> dict[str, float]:
     first, later = _computes(model)
     plain = Sampler(model, _remembering(model, first, later, None))
     one = _out(model, first, later, batch, watch)
-    step = _per_step(plain, labels, seeds, watch) - one - update
+    step = max(_per_step(plain, labels, seeds, watch) - one - update, 0.0)
     found = {
         "step": step,
         "update": update,
@@ -52,8 +52,28 @@ def _at(model: Denoiser, batch: int, watch: Watch) -> dict[str, float]:
     if model.config.class_dropout > 0:
         guided = Sampler(model, _remembering(model, first, later, Guidance.cfg(2.0)))
         two = _out(model, first, later, 2 * batch, watch)
-        found["guided"] = _per_step(guided, labels, seeds, watch) - two - update - step
+        found["guided"] = max(_per_step(guided, labels, seeds, watch) - two - update - step, 0.0)
     return found
+
+
+def step_in_situ(
+    model: Denoiser, compute: Compute, call: Curve, outside: Mapping[str, Curve], watch: Watch
+) -> float:
+    """Seconds that a step takes beyond its call and what `measure_outside` found, from real runs of cheap calls.
+
+    Between network calls the processor's caches are full of the network, so that the same work around the calls takes
+    longer than where nothing else runs. At most ten times as long: more is noise of the calls.
+    """
+    from pliant.plans.plan import Plan
+    from pliant.plans.sampling import Sampler
+
+    sampler = Sampler(model, Plan.uniform(model, STEPS, "ddim", compute))
+    found = []
+    for batch in (1, 4):
+        labels, seeds = [i % model.num_classes for i in range(batch)], list(range(batch))
+        known = call.at(batch) + outside["step"].at(batch) + outside["update"].at(batch)
+        found.append(_per_step(sampler, labels, seeds, watch) - known)
+    return min(max(sum(found) / len(found), 0.0), 10 * outside["step"].at(1))
 
 
 def _computes(model: Denoiser) -> tuple[Compute, Compute]:

@@ -21,6 +21,10 @@ RANK = 8
 HALF = 0.5
 """Share of the tokens in the timed calls with fewer."""
 
+CHEAP = (
+    "branch", "span", "forecast", "forecast more", "keep span", "out", "gate residual", "gate input", "gate output",
+)  # fmt: skip
+
 Run: TypeAlias = Callable[[], object]
 
 
@@ -35,6 +39,11 @@ class Probe:
     """How many calls fill the cache."""
     everywhere: bool = False
     """Timed at every patch size and number of rows; the others once per precision, at few."""
+
+    @property
+    def cheap(self) -> bool:
+        """Whether the call is a small part of a full one, so that what a full one leaves in the caches matters."""
+        return self.name in CHEAP
 
     def ready(
         self,
@@ -64,6 +73,9 @@ class Probe:
         return lambda: bound.call(k, x, moment)
 
 
+CALL = Probe("call", {}, everywhere=True)
+
+
 def probes(shape: TransformerShape, grid: tuple[int, ...], routed: bool = False) -> list[Probe]:
     """All calls that are timed on a network of this shape and token grid."""
     depth, sites = shape.depth, 2 * shape.depth
@@ -71,7 +83,7 @@ def probes(shape: TransformerShape, grid: tuple[int, ...], routed: bool = False)
     alone = {"attention": "R1K1" * depth, "mlp": "K1R1" * depth}
     span = f"span(0,{sites})"
     found = [
-        Probe("call", {}, everywhere=True),
+        CALL,
         Probe("ends", {"sites": skip}, everywhere=True),
         Probe("attention", {"sites": alone["attention"]}, everywhere=True),
         Probe("mlp", {"sites": alone["mlp"]}, everywhere=True),
@@ -92,7 +104,7 @@ def probes(shape: TransformerShape, grid: tuple[int, ...], routed: bool = False)
         Probe("corrected", {"sites": reuse, "reuse": Reuse("increment", rank=RANK)}, {"write": ("increment",)}),
     ]  # fmt: skip
     if min(grid) >= 2:
-        found.append(Probe("merge", {"sites": alone["attention"], "tokens": Merge(HALF)}))
+        found.append(Probe("merge", {"tokens": Merge(HALF)}))
     if len(grid) == 2 and not any(side % 2 for side in grid):
         found.append(Probe("pool", {"sites": run, "tokens": Pool((Pooled(0, sites),))}))
     if routed:
@@ -107,8 +119,10 @@ def differences(raw: Mapping[str, Curve], shape: TransformerShape) -> dict[str, 
     depth, sites, full = shape.depth, 2 * shape.depth, 4 * shape.width + 2 * shape.tokens
     ends = raw["ends"]
     pieces = {"call": raw["call"], "ends": ends}
-    for name in ("attention", "mlp"):
-        pieces[name] = _less(raw[name], ends.at).scaled(1 / depth)
+    alone = {name: _less(raw[name], ends.at).scaled(1 / depth) for name in ("attention", "mlp")}
+    # A kind of site alone may find its weights in a cache that those of whole blocks do not fit in.
+    for name, curve in alone.items():
+        pieces[name] = Curve(curve.rows, tuple(s * _crowding(raw, alone, depth, r) for r, s in curve.points))
     attention, mlp = pieces["attention"], pieces["mlp"]
 
     def with_sites(rows: float, share: float = 1.0, keys: float = 1.0) -> float:
@@ -116,6 +130,7 @@ def differences(raw: Mapping[str, Curve], shape: TransformerShape) -> dict[str, 
         return ends.at(rows) + depth * (attention.at(rows * share) * fewer + mlp.at(rows * share))
 
     one_block = min(sites, 2)
+    half = (4 * shape.width + 2 * shape.tokens * HALF) / full
     base: dict[str, tuple[Callable[[float], float], float]] = {
         "branch": (ends.at, sites),
         "span": (ends.at, 1),
@@ -133,8 +148,7 @@ def differences(raw: Mapping[str, Curve], shape: TransformerShape) -> dict[str, 
         "keep increment": (with_sites, sites),
         "corrected": (ends.at, sites),
         "merge": (
-            lambda rows: ends.at(rows)
-            + depth * attention.at(rows * HALF) * (4 * shape.width + shape.tokens) / full,
+            lambda rows: with_sites(rows) + depth * (half * attention.at(rows * HALF) - attention.at(rows)),
             depth,
         ),
         "pool": (lambda rows: with_sites(rows, 0.25, 0.25), 1),
@@ -146,5 +160,11 @@ def differences(raw: Mapping[str, Curve], shape: TransformerShape) -> dict[str, 
     return pieces
 
 
+def _crowding(raw: Mapping[str, Curve], alone: Mapping[str, Curve], depth: int, rows: float) -> float:
+    """How much longer sites take in whole calls than alone; 1 where they do not, as with compiled blocks."""
+    apart = depth * sum(curve.at(rows) for curve in alone.values())
+    return max(1.0, (raw["call"].at(rows) - raw["ends"].at(rows)) / apart) if apart > 0 else 1.0
+
+
 def _less(curve: Curve, without: Callable[[float], float]) -> Curve:
-    return Curve(curve.rows, tuple(s - without(r) for r, s in zip(curve.rows, curve.seconds, strict=True)))
+    return Curve(curve.rows, tuple(s - without(r) for r, s in curve.points))
