@@ -117,10 +117,10 @@ def measure(
         kind: measure_kind(own, base, rows, watch, step) for kind, (own, base) in wanted.items()
     }
     outside = measure_outside(plain_twin(model), [b for b in (1, 4, 16) if b <= max(*rows, 4)], watch)
-    own = {kind: compute for kind, (who, compute) in wanted.items() if who is model}
-    if own:
-        cheapest = min(own, key=lambda kind: networks[kind]["call"].at(1))
-        more = step_in_situ(model, own[cheapest], networks[cheapest]["call"], outside, watch)
+    mine = {kind: compute for kind, (who, compute) in wanted.items() if who is model}
+    if mine:
+        cheapest = min(mine, key=lambda kind: networks[kind]["call"].at(1))
+        more = step_in_situ(model, mine[cheapest], networks[cheapest]["call"], outside, watch)
         outside["step"] = outside["step"].plus(more)
     step()
     facts = {"date": date.today().isoformat(), "seconds": round(time.monotonic() - begun, 2)}
