@@ -268,7 +268,7 @@ def full_steps(middle: Any, run: Run) -> tuple[Tensor, int]:
         handle.remove()
 
 
-def peers(steps: int, rounds: int, folder: str | None, side: int) -> list[dict[str, Any]]:
+def peers(steps: int, rounds: int, folder: str | None, side: int, only: list[str]) -> list[dict[str, Any]]:
     from pliant.integrations import SiteTransformer, sites_of
     from pliant.integrations.sites.schedule import cache_schedule
 
@@ -280,6 +280,7 @@ def peers(steps: int, rounds: int, folder: str | None, side: int) -> list[dict[s
         found |= cache_dit_pairs(net, request, steps)
     except ImportError as error:
         print(f"cache-dit is not here ({error}); see --cache-dit", file=sys.stderr)
+    found = {name: pair for name, pair in found.items() if not only or any(word in name for word in only)}
     plain = request(net)
     runs: dict[str, Run] = {}
     checks: dict[str, dict[str, Any]] = {}
@@ -326,6 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", nargs="*", default=[], help="peers whose name has one of these words")
     parser.add_argument("--side", type=int, default=32, help="of the peers' latents: smaller ones show overheads")
     parser.add_argument("--cache-dit", help="folder that pip installed cache-dit into")
     parser.add_argument("--part", choices=["overhead", "peers"], help="only this")
@@ -333,7 +335,7 @@ def main() -> None:
     args = parser.parse_args()
     with torch.no_grad():
         rows = [] if args.part == "peers" else overhead(args.rounds)
-        rows += [] if args.part == "overhead" else peers(args.steps, args.rounds, args.cache_dit, args.side)
+        rows += [] if args.part == "overhead" else peers(args.steps, args.rounds, args.cache_dit, args.side, args.only)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=2)
