@@ -38,6 +38,8 @@ from pliant.planning.openings import INTERVALS, guided_part, most
 from pliant.planning.plan_space import CACHES
 from pliant.planning.task import Task
 
+LOOSE = ("output", "device", "budgets", "techniques", "smoke", "baseline")
+"""Options that may change when a run is resumed."""
 SETS = 3
 FIRST_SEED = 2_000_000
 """Of the sets that rows are measured on: planners confirm their finalists on seeds from 1,000,000."""
@@ -65,9 +67,9 @@ class Bench:
         ]
         self.full = Plan.uniform(self.model, args.steps, guidance=args.guidance)
         self.output = Path(args.output)
-        settings = {k: v for k, v in vars(args).items() if k not in ("output", "device", "budgets", "techniques", "smoke")}
+        settings = {k: v for k, v in vars(args).items() if k not in LOOSE}
         done = json.loads(self.output.read_text()) if self.output.exists() else {}
-        if done.get("settings") != settings:
+        if {k: (done.get("settings") or {}).get(k) for k in settings} != settings:
             done = {"settings": settings, "metric": self.tune.name, "rows": {}}
         self.done: dict[str, Any] = done
         self.rows: dict[str, Row] = done["rows"]
