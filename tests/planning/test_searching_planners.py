@@ -198,6 +198,7 @@ def test_fitted_coefficients_of_any_plan():
     assert refitted(MODEL, Plan.uniform(MODEL, 4, "heun")) is None
 
 
+@pytest.mark.slow
 def test_auto_takes_fitted_coefficients_where_they_are_better():
     judge = Judge(lambda plan: 0.0 if plan.steps[0].solver.name == "rows" else 1.0 + len(plan.steps))
     found = auto(MODEL, "4%", objective=judge, guidance=1.5, evaluations=12, **{**FEW, "fit": True})
