@@ -98,7 +98,8 @@ def test_plans_found_in_advance(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ASSETS", tmp_path)
     assert len(pliant.plan(MODEL, "10%", guidance=1.5).steps) == 5
     assert len(pliant.plan(MODEL, "9%", guidance=1.5).steps) == 3
-    assert len(pliant.plan(MODEL, "100%", guidance=1.5).steps) == 20
+    assert len(pliant.plan(MODEL, "45%", guidance=1.5).steps) == 20
+    assert pliant.plan(MODEL, "100%", guidance=1.5).provenance["planner"] == "weak-split", "for a far smaller budget"
     assert pliant.plan(MODEL, "10%", guidance=2.0).provenance["planner"] == "weak-split"
     assert known(MODEL, "10%", guidance=1.5).quality == Score(0.4, 0, 1)
     stranger = replace(MODEL, metadata={"name": "other"})

@@ -11,6 +11,8 @@ from pliant.planning.task import Task
 
 ASSETS = FilePath(__file__).resolve().parents[1] / "assets"
 GUIDANCE_SLACK = 1e-6
+LEAST_SPENT = 0.5
+"""Of the budget: a stored plan that spends less was made for a smaller one, and the closed form may be better."""
 
 
 def ready_results(model: Denoiser) -> list[PlanResult]:
@@ -41,6 +43,7 @@ def ready(task: Task) -> PlanResult | None:
     for result in ready_results(task.model):
         made_for = result.settings.get("guidance")
         same = abs((1.0 if made_for is None else float(made_for)) - asked) < GUIDANCE_SLACK
-        if same and result.quality is not None and task.fits(result.plan):
+        spent = task.budget.spent(result.plan, task.model) if same else 0.0
+        if result.quality is not None and LEAST_SPENT * task.limit <= spent <= task.limit:
             fitting.append(result)
     return min(fitting, key=lambda r: r.quality.value if r.quality else 0.0) if fitting else None
