@@ -163,7 +163,7 @@ def test_the_unconditional_class(flexible: Path, tmp_path: Path, run: Run) -> No
         (["--class", "retriever"], ["'golden retriever' (1)"]),
         (["--class", "zebar"], ["'zebra' (2)"]),
         (["--class", "0", "--class", "1", "--num", "1"], ["--num 1"]),
-        (["--budget", "10%"], ["10%", "below the cheapest schedule", "%"]),
+        (["--budget", "0.01%"], ["0.01%", "cheapest", "%"]),
         (["--budget", "60"], ["60%"]),
         (["--budget", "cheap"], ["'cheap'"]),
         (["--budget", "60%", "--weak-steps", "2"], ["--budget", "--weak-steps"]),

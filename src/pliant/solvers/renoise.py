@@ -2,7 +2,7 @@
 
 `x_{t'} = alpha(t') x0_hat + sigma(t') eps_1` with eps_1 of the very first call (Euler keeps the current noise
 estimate). On a straight flow it is exact, like Euler; on a curved one it is no discretisation of the ODE at all: its
-error does not fall with the number of steps. So it refuses more steps than `most`.
+error does not fall with the number of steps. No planner offers it; more than four steps are worth nothing.
 """
 
 from __future__ import annotations
@@ -16,28 +16,17 @@ from pliant.solvers.solver import Solver
 
 @dataclass(frozen=True)
 class Renoise(Solver):
-    """One call per step. most: steps of a plan above which it is refused; raise it for models known to be straight."""
-
-    most: int = 4
+    """One call per step; for models known to be straight."""
 
     form = "sample"
     convergence = 0
     """None: see above."""
 
-    def __post_init__(self) -> None:
-        if self.most < 1:
-            raise PlanError(f"renoise takes at least 1 step, got most={self.most}")
-
     def emit(self, builder: ProgramBuilder, i: int) -> None:
-        if builder.steps > self.most:
-            raise PlanError(
-                f"renoise does not converge on curved flows, so it takes {self.most} steps at most, not "
-                f"{builder.steps}; use euler or heun, or renoise:most={builder.steps} for a model known to be straight"
-            )
         if builder.increasing:
             raise PlanError("renoise starts every step from noise, so it cannot run from data to noise; use euler")
         held, target = builder.output(i), builder.nodes[i + 1]
         rows = builder.rows(target.alpha, held, "sample")
         if target.sigma != 0.0:
             rows += builder.rows(target.sigma, Stored(0, builder.nodes[0], 0), "epsilon")
-        builder.advance(builder.combine_rows(target, {}, rows))
+        builder.advance(builder.combine_rows(target, {}, rows, mu=target.beta))
