@@ -190,7 +190,9 @@ class Averages(nn.Module):
 
     def encode(self, x: Tensor) -> Any:
         z = nn.functional.avg_pool2d(x, 2)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=z, std=z)) if self.distribution else SimpleNamespace(latents=z)
+        if self.distribution:
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=z, std=z))
+        return SimpleNamespace(latents=z)
 
     def decode(self, z: Tensor) -> Any:
         return SimpleNamespace(sample=nn.functional.interpolate(z, scale_factor=2))
