@@ -246,7 +246,7 @@ def plot(bench: Bench, budgets: list[float], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5))
+    figure, axis = plt.subplots(figsize=(9.5, 5))
     names = dict.fromkeys(r["technique"] for r in bench.rows.values() if r["budget"] in budgets)
     for name in names:
         rows = sorted(
@@ -264,10 +264,14 @@ def plot(bench: Bench, budgets: list[float], file: Path) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks([100 * b for b in sorted(budgets)], [f"{b:.0%}" for b in sorted(budgets)])
+    axis.minorticks_off()
+    low, high = axis.get_ylim()
+    marks = [m * 10.0**k for k in range(-3, 4) for m in (1, 2, 3, 5, 7)]
+    axis.set_yticks([m for m in marks if low <= m <= high], [f"{m:g}" for m in marks if low <= m <= high])
     axis.set_xlabel("FLOPs, share of the all-powerful baseline")
     axis.set_ylabel(f"{bench.tune.name}, 90 % interval")
     axis.set_title(f"{Path(bench.args.model).name}: {SETS} x {bench.args.num} images", fontsize=10)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the lines, not over them
     axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
