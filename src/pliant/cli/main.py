@@ -94,9 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output is gone (`pliant info ... | head`); what is buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        _leave_the_others()
     if result == 130:
         sys.stderr.write("interrupted\n")
     return result if isinstance(result, int) else 0
+
+
+def _leave_the_others() -> None:
+    """Leave a group of processes, if this one is in it: its threads, still running at exit, abort the interpreter."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _usage_message(error: Exception) -> str:
