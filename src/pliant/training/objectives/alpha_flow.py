@@ -15,18 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from pliant.errors import ConfigError
-from pliant.paths import TimeDensity, like
+from pliant.paths import like
 from pliant.training.draws import Draws
-from pliant.training.objectives.base import Batch, Loss, drop_labels
+from pliant.training.objectives.base import Batch, Loss
 from pliant.training.objectives.jump_times import jump_times
-from pliant.training.objectives.mean_flow import (
-    adaptive,
-    check_flow_map,
-    learned_velocity,
-    logit_normal,
-    squared_norm,
-    velocity_flops,
-)
+from pliant.training.objectives.mean_flow import MeanVelocity, adaptive, squared_norm
 
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
@@ -56,27 +49,18 @@ class Curriculum:
 
 
 @dataclass(frozen=True)
-class AlphaFlow:
+class AlphaFlow(MeanVelocity):
     """`1/alpha || u(x_t, t, r) - sg[alpha v + (1 - alpha) u(x_m, m, r)] ||^2`, each sample's divided by its size."""
 
-    teacher: Denoiser | None = None
-    guidance: float = 1.0
-    mixing: float = 0.0
     alpha: Curriculum = field(default_factory=Curriculum)
-    time: TimeDensity = field(default_factory=logit_normal)
-    still: float = 0.5
-    power: float = 1.0
-    class_dropout: float = 0.1
 
-    needs_partners = False
+    name = "alpha-flow"
+    passes = 4.0
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Loss:
         t, r = jump_times(self.time, self.still, draws)
         alpha = self.alpha(draws.step)
-        noise = draws.noise(denoiser.path, batch.images.shape[1:])
-        labels = drop_labels(batch, denoiser, self.class_dropout, draws)
-        x = denoiser.path.mix(batch.images, noise, t)
-        v = learned_velocity(denoiser, self.teacher, self.guidance, self.mixing, batch, noise, x, t, labels)
+        x, labels, v = self.begin(denoiser, batch, draws, t)
         target = v
         if alpha < 1.0:
             middle = alpha * r + (1.0 - alpha) * t
@@ -85,9 +69,3 @@ class AlphaFlow:
             target = alpha * v + (1.0 - alpha) * rest
         error = squared_norm(denoiser(x, t, labels, lands=r).to("velocity") - target) / alpha
         return Loss(adaptive(error, self.power).mean(), {"error": error.detach().mean() / x[0].numel()})
-
-    def check(self, denoiser: Denoiser) -> None:
-        check_flow_map(denoiser, "alpha-flow")
-
-    def flops(self, denoiser: Denoiser) -> float:
-        return 4.0 * denoiser.flops() + velocity_flops(denoiser, self.teacher, self.guidance, self.mixing)

@@ -8,7 +8,7 @@ noise.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -96,34 +96,54 @@ def velocity_flops(denoiser: Denoiser, teacher: Denoiser | None, guidance: float
 
 
 @dataclass(frozen=True)
-class MeanFlow:
-    """`|| u - sg[v - (t - s) du/dt] ||^2`, each sample's divided by its size (power 1: robust, but uninformative as a
-    number: `error` is logged)."""
+class MeanVelocity:
+    """What all losses of mean velocities share: whose velocities, at which times, and how samples are weighed."""
 
     teacher: Denoiser | None = None
     guidance: float = 1.0
     mixing: float = 0.0
     time: TimeDensity = field(default_factory=logit_normal)
-    still: float = 0.75
-    """Share of the rows with s = t: ordinary flow matching."""
+    still: float = 0.5
+    """Share of the rows whose jump has no length: ordinary flow matching."""
     power: float = 1.0
     class_dropout: float = 0.1
 
+    name: ClassVar[str]
+    """In configs, and in messages."""
+    passes: ClassVar[float]
+    """Forward passes of the network that a training step costs, but for those of `learned_velocity`."""
     needs_partners = False
 
-    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Loss:
-        t, s = jump_times(self.time, self.still, draws)
+    def begin(
+        self, denoiser: Denoiser, batch: Batch, draws: Draws, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, labels, v): states at times t (B,), their labels, some dropped, and the velocities there."""
         noise = draws.noise(denoiser.path, batch.images.shape[1:])
         labels = drop_labels(batch, denoiser, self.class_dropout, draws)
         x = denoiser.path.mix(batch.images, noise, t)
         v = learned_velocity(denoiser, self.teacher, self.guidance, self.mixing, batch, noise, x, t, labels)
+        return x, labels, v
+
+    def check(self, denoiser: Denoiser) -> None:
+        check_flow_map(denoiser, self.name)
+
+    def flops(self, denoiser: Denoiser) -> float:
+        return self.passes * denoiser.flops() + velocity_flops(denoiser, self.teacher, self.guidance, self.mixing)
+
+
+@dataclass(frozen=True)
+class MeanFlow(MeanVelocity):
+    """`|| u - sg[v - (t - s) du/dt] ||^2`, each sample's divided by its size (power 1: robust, but uninformative as a
+    number: `error` is logged)."""
+
+    still: float = 0.75
+
+    name = "mean-flow"
+    passes = 4.0  # the derivative is about one more forward pass
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Loss:
+        t, s = jump_times(self.time, self.still, draws)
+        x, labels, v = self.begin(denoiser, batch, draws, t)
         u, du = velocity_and_derivative(denoiser, x, t, labels, v, lands=s)
         error = squared_norm(u - (v - like(t - s, x) * du))
         return Loss(adaptive(error, self.power).mean(), {"error": error.detach().mean() / x[0].numel()})
-
-    def check(self, denoiser: Denoiser) -> None:
-        check_flow_map(denoiser, "mean-flow")
-
-    def flops(self, denoiser: Denoiser) -> float:
-        # The derivative is about one more forward pass.
-        return 4.0 * denoiser.flops() + velocity_flops(denoiser, self.teacher, self.guidance, self.mixing)
