@@ -8,7 +8,8 @@ use them to choose times and coefficients at one compute, and a distributional o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from pliant.plans import Plan, Sampler, sample
 from pliant.solvers import nodes_of
 
 
-class SampleError(Remembered):
-    """Root mean square distance of the final images to a converged teacher's from the same noises.
+class _AgainstTeacher(Remembered):
+    """A model, the teacher made of it, and the seeds on which plans are compared with that teacher."""
 
-    Also for plans with caches, stochastic solvers and anything else that samples.
-    """
+    kind: ClassVar[str]
+    """In recipes."""
 
     def __init__(
         self, model: Denoiser, teacher: TeacherSettings | None = None, seeds: Sequence[int] = range(64)
@@ -32,54 +33,50 @@ class SampleError(Remembered):
         super().__init__()
         self.model, self.teacher, self.seeds = model, teacher or TeacherSettings(), list(seeds)
         self._labels = labels_of(model, self.seeds)
-        self._targets: Tensor | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {"objective": self.kind, "teacher": self.teacher.to_dict(), "seeds": _span(self.seeds)}
+
+
+class SampleError(_AgainstTeacher):
+    """Root mean square distance of the final images to a converged teacher's from the same noises.
+
+    Also for plans with caches, stochastic solvers and anything else that samples.
+    """
+
+    kind = "sample-error"
 
     @property
     def name(self) -> str:
         return "error to the teacher's samples"
 
-    def describe(self) -> dict[str, Any]:
-        return {"objective": "sample-error", "teacher": self.teacher.to_dict(), "seeds": _span(self.seeds)}
-
-    @property
+    @cached_property
     def targets(self) -> Tensor:
         """The teacher's images (N, C, H, W), sampled when first needed."""
-        if self._targets is None:
-            self._targets = sample(self.model, self.teacher.plan(self.model), self._labels, self.seeds, 256)
-        return self._targets
+        return sample(self.model, self.teacher.plan(self.model), self._labels, self.seeds, 256)
 
     def measure(self, plan: Plan) -> Score:
         found = sample(self.model, plan, self._labels, self.seeds, 256)
         return mean_square_score((found - self.targets).double().square().flatten(1).mean(1))
 
 
-class TrajectoryError(Remembered):
+class TrajectoryError(_AgainstTeacher):
     """One-step errors from the teacher's states: the root of their summed mean squares; `parts` has one per step.
 
     Every step starts where the teacher is at that time (multistep solvers see outputs at the teacher's states), so the
     parts say which step is bad. Errors that an earlier step makes do not travel: the sum is not the error of the image.
     """
 
-    def __init__(
-        self, model: Denoiser, teacher: TeacherSettings | None = None, seeds: Sequence[int] = range(64)
-    ) -> None:
-        super().__init__()
-        self.model, self.teacher, self.seeds = model, teacher or TeacherSettings(), list(seeds)
-        self._labels = labels_of(model, self.seeds)
-        self._trajectories: Trajectories | None = None
+    kind = "trajectory-error"
 
     @property
     def name(self) -> str:
         return "one-step error to the teacher"
 
-    def describe(self) -> dict[str, Any]:
-        return {"objective": "trajectory-error", "teacher": self.teacher.to_dict(), "seeds": _span(self.seeds)}
-
-    @property
+    @cached_property
     def trajectories(self) -> Trajectories:
-        if self._trajectories is None:
-            self._trajectories = teacher_trajectories(self.model, self.teacher.plan(self.model), self.seeds)
-        return self._trajectories
+        """The teacher's, computed when first needed."""
+        return teacher_trajectories(self.model, self.teacher.plan(self.model), self.seeds)
 
     def measure(self, plan: Plan) -> Score:
         nodes = nodes_of(plan.path, plan.times)
