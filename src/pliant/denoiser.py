@@ -142,7 +142,7 @@ class Denoiser:
             return self.low_band(compute)(x, t, cond, replace(compute, scale=None))
         time = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         a = self.align(compute, time)
-        told = self.told(time, compute, lands)
+        told = self.told(time, a, compute, lands)
         raw = self.run(x if a is None else like(a.input_scale, x) * x, told, cond, compute)
         return self._read(raw, x, time, compute, a)
 
@@ -241,9 +241,13 @@ class Denoiser:
         """Shape of what the network is told of time per sample: () or, of a flow map, (2,)."""
         return (2,) if self.config.flow_map else ()
 
-    def told(self, time: Tensor, compute: Compute, lands: float | Tensor | None = None) -> Tensor:
-        """What calls at house times (any shape) are told: network times of that shape, of a flow map (..., 2)."""
-        a = self.align(compute, time)
+    def told(
+        self, time: Tensor, a: Alignment | None, compute: Compute, lands: float | Tensor | None = None
+    ) -> Tensor:
+        """What calls at house times (any shape) are told: network times of that shape, of a flow map (..., 2).
+
+        a: how these calls are aligned (`align`).
+        """
         here = self.encode(time if a is None else a.time)
         if not self.config.flow_map:
             if lands is not None:

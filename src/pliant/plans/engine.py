@@ -160,7 +160,10 @@ class BoundCalls:
         if a is not None:
             columns = (a.input_scale, a.on_state, a.on_coarse, a.on_output)
             self.aligned = [_Aligned(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
-        told = denoiser.encode(house) if self.low else denoiser.told(house, lowered.compute, self._ends(ends))
+        if self.low:
+            told = denoiser.encode(house)
+        else:  # only flow maps are told where steps land
+            told = denoiser.told(house, a, lowered.compute, ends if denoiser.config.flow_map else None)
         self.network_times = told.float().to(denoiser.device)
         self.labels = labels
         self.table: ModulationTable | SharedRows | None = None
@@ -175,10 +178,6 @@ class BoundCalls:
                 if id(network) not in made:
                     made[id(network)] = variant(network, key)
                 self.cut.append(made[id(network)])
-
-    def _ends(self, ends: Tensor) -> Tensor | None:
-        """What a flow map is told of landings; nothing for other networks."""
-        return ends if self.lowered.denoiser.config.flow_map else None
 
     def call(self, k: int, x: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor | None]:
         """(value in house sign and the denoiser's kind, variance code or None) for states x (B, C, H, W).
