@@ -42,6 +42,18 @@ def test_plan_as_json(flexible: Path, run: Run) -> None:
     assert report["cost"]["share"] == pytest.approx(cost.share)
 
 
+def test_a_budget_alone_says_what_it_is_a_share_of(flexible: Path, tmp_path: Path, run: Run) -> None:
+    asked = ("--budget", "10%", "--guidance", 2)
+    report = run("plan", flexible, *asked, "--json").json
+    model = pliant.load(flexible)
+    share = report["cost"]["flops_per_image"] / Plan.uniform(model, 50, guidance=2.0).cost(model).flops
+    words = f"{share:.1%} of 50 full steps"
+    assert 0.08 < share <= 0.1005 and report["cost"]["share"] > 0.3
+    assert report["cost"]["of_budget_baseline"] == words
+    assert f"that is {words}" in run("plan", flexible, *asked).out
+    assert f"s at {words} (" in run("sample", flexible, *asked, "--num", 1, "-o", tmp_path / "x.png").out
+
+
 def test_weak_guidance_and_precision(flexible: Path, run: Run) -> None:
     options = ("--weak-steps", 2, "--weak-guidance-steps", 3, "--steps", 8, "--guidance", 2, "--precision", "bf16")
     plan = Plan.from_dict(run("plan", flexible, *options, "--json").json["plan"])

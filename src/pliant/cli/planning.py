@@ -246,6 +246,7 @@ def cost_facts(
 ) -> dict[str, Any]:
     """Exact cost of a plan, for JSON; batch: also its bytes, and its seconds where a table says them."""
     from pliant.errors import PlanError
+    from pliant.plans.describe import baseline_share
 
     try:
         cost = plan.cost(model, batch, throughput)
@@ -255,6 +256,7 @@ def cost_facts(
         "flops_per_image": cost.flops,
         "full_flops_per_image": cost.full_flops,
         "share": cost.share,
+        "of_budget_baseline": baseline_share(plan, cost.flops),
         "evaluations": cost.evaluations,
         "network_calls": cost.calls,
     }

@@ -167,9 +167,10 @@ def _report(report: dict[str, Any], json: bool) -> None:
         print(f"{report['out']}: {report['verdict']}")
     else:
         cost = report["cost"]
+        share = cost["of_budget_baseline"] or f"{cost['share']:.1%} of full compute"
         print(
-            f"{report['out']}: {report['images']} images in {report['seconds']:.1f} s at {cost['share']:.1%} of full "
-            f"compute ({cost['flops_per_image'] / 1e9:.4g} GFLOP per image)"
+            f"{report['out']}: {report['images']} images in {report['seconds']:.1f} s at {share} "
+            f"({cost['flops_per_image'] / 1e9:.4g} GFLOP per image)"
         )
 
 

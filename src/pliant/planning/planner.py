@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -14,7 +15,7 @@ from pliant.planning.objective import Objective
 from pliant.planning.ready import ready
 from pliant.planning.registry import PLANNERS, get_planner
 from pliant.planning.relative import RelativeObjective
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.result import PlanResult, Progress, measured_against
 from pliant.planning.task import Task
 from pliant.plans import Budget, Plan
 
@@ -107,7 +108,7 @@ def known(
     task = Task.begin("closed-form", model, budget, None, steps, guidance, 0, None)
     found = ready(task)
     if found is not None:
-        return found
+        return replace(found, plan=measured_against(found.plan, task.full(), model))
     if len(model.patch_sizes) > 1:
         return PLANNERS["weak-split"](model, budget, steps=steps, guidance=guidance)
     task.consider(task.uniform(min(steps, task.most_steps())))

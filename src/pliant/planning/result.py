@@ -137,6 +137,12 @@ def planned(plan: Plan, planner: str, objective: str, score: Score | None) -> Pl
     return replace(plan, provenance={**plan.provenance, **found})
 
 
+def measured_against(plan: Plan, full: Plan, model: Denoiser) -> Plan:
+    """The plan with what its budget was a share of in its provenance: steps and FLOPs per image of full compute."""
+    baseline = {"steps": len(full.steps), "flops": full.cost(model).flops}
+    return replace(plan, provenance={**plan.provenance, "baseline": baseline})
+
+
 def confirm(
     results: Sequence[PlanResult], model: Denoiser, objective: Objective, progress: Progress | None = None
 ) -> PlanResult:

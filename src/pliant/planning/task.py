@@ -12,7 +12,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.guidance import Guidance
 from pliant.planning.objective import Objective
-from pliant.planning.result import Candidate, PlanResult, Progress, frontier, planned
+from pliant.planning.result import Candidate, PlanResult, Progress, frontier, measured_against, planned
 from pliant.plans import Budget, Plan, parse_budget
 from pliant.plans.presets import as_guidance
 from pliant.solvers import SolverLike
@@ -124,7 +124,7 @@ class Task:
         """The result: the best candidate, and the frontier of all."""
         chosen = self.best()
         name = "none" if self.objective is None else self.objective.name
-        plan = planned(chosen.plan, self.planner, name, chosen.score)
+        plan = measured_against(planned(chosen.plan, self.planner, name, chosen.score), self.full(), self.model)
         return PlanResult(
             plan,
             chosen.cost,

@@ -92,6 +92,8 @@ def describe(plan: Plan, model: Denoiser, batch: int = 1, throughput: Throughput
         f"{cost.evaluations} evaluations, {cost.calls} network calls; "
         f"full compute would be {_number(cost.full_flops)} GFLOP per image"
     )
+    if (baseline := baseline_share(plan, cost.flops)) is not None:
+        lines.append("that is " + baseline)
     if cost.least_flops != cost.flops:
         least = f"{_number(cost.least_flops)} GFLOP ({cost.least_flops / cost.full_flops:.1%})"
         who = "gates" if any(s.compute.gate for s in plan.steps) else "token routers"
@@ -99,6 +101,14 @@ def describe(plan: Plan, model: Denoiser, batch: int = 1, throughput: Throughput
     if (predicted := seconds_line(plan, model, batch, throughput)) is not None:
         lines.append(predicted)
     return "\n".join(lines)
+
+
+def baseline_share(plan: Plan, flops: int) -> str | None:
+    """`4.9% of 50 full steps`: of what the plan's budget was a share of, where that is not its own number of steps."""
+    baseline = plan.provenance.get("baseline")
+    if not baseline or baseline["steps"] == len(plan.steps):
+        return None
+    return f"{flops / baseline['flops']:.1%} of {baseline['steps']} full steps"
 
 
 def seconds_line(plan: Plan, model: Denoiser, batch: int, throughput: Throughput | None = None) -> str | None:
