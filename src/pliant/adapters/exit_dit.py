@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.errors import ConfigError, suggest
+from pliant.mappings import from_mapping, to_mapping
 from pliant.models.dit import DiT, DiTConfig, scale_rows
 
 Gates: TypeAlias = Literal["copy", "zero"]
@@ -54,16 +55,12 @@ class ExitSpec:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "depths": list(self.depths)}
+        return to_mapping(self)
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> ExitSpec:
         """Inverse of `to_dict`. Raises ConfigError naming an unknown field."""
-        known = [f.name for f in fields(ExitSpec)]
-        for key in config:
-            if key not in known:
-                raise ConfigError(f"unknown option of exits {key!r}: {suggest(key, known)}")
-        return ExitSpec(**{**config, "depths": tuple(config["depths"])})
+        return from_mapping(ExitSpec, config, "option of exits")
 
 
 class Exit(nn.Module):

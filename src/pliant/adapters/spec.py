@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from pliant.errors import ConfigError, suggest
+from pliant.mappings import from_mapping, to_mapping
 from pliant.models.dit import DiTConfig
 from pliant.models.patches import Resample, patch_name, patch_pair, token_grid
 from pliant.models.positions import PositionRule
@@ -104,15 +105,8 @@ class FlexSpec:
         return self.patch_norm
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        values["patch_sizes"] = [list(p) for p in self.patch_sizes]
-        values["underlying"] = list(self.underlying) if self.underlying else None
-        return values
+        return to_mapping(self)
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> FlexSpec:
-        known = [f.name for f in fields(FlexSpec)]
-        for key in config:
-            if key not in known:
-                raise ConfigError(f"unknown flexify option {key!r}: {suggest(key, known)}")
-        return FlexSpec(**{**config, "patch_sizes": tuple(patch_pair(p) for p in config["patch_sizes"])})
+        return from_mapping(FlexSpec, config, "flexify option")

@@ -8,7 +8,7 @@ is what training needs; sampling gathers the chosen rows (`pliant.compute.routed
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.adapters.flexible_dit import FlexiDiT
-from pliant.errors import ConfigError, suggest
+from pliant.errors import ConfigError
+from pliant.mappings import from_mapping, to_mapping
 from pliant.models.dit import DiT, DiTConfig
 from pliant.models.dit_tokens import DiTTokens
 
@@ -42,16 +43,12 @@ class RouterSpec:
         return self.hidden or max(1, config.width // 4)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return to_mapping(self)
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> RouterSpec:
         """Inverse of `to_dict`. Raises ConfigError naming an unknown field."""
-        known = [f.name for f in fields(RouterSpec)]
-        for key in config:
-            if key not in known:
-                raise ConfigError(f"unknown option of token routers {key!r}: {suggest(key, known)}")
-        return RouterSpec(**config)
+        return from_mapping(RouterSpec, config, "option of token routers")
 
 
 class SiteRouter(nn.Module):

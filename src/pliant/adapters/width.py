@@ -9,7 +9,7 @@ times are cut out of the weights: `pliant.adapters.width_slicing`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.errors import ConfigError, suggest
+from pliant.mappings import from_mapping, to_mapping
 from pliant.models.dit import DiT, DiTConfig
 from pliant.models.layers import Block, linear, linear_gelu, modulated_norm, per_token
 
@@ -61,16 +62,12 @@ class WidthSpec:
         return groups
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "routes": list(self.routes)}
+        return to_mapping(self)
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> WidthSpec:
         """Inverse of `to_dict`. Raises ConfigError naming an unknown field and the nearest known one."""
-        known = [f.name for f in fields(WidthSpec)]
-        for key in config:
-            if key not in known:
-                raise ConfigError(f"unknown width option {key!r}: {suggest(key, known)}")
-        return WidthSpec(**config)
+        return from_mapping(WidthSpec, config, "width option")
 
 
 @dataclass(frozen=True)

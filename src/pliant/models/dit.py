@@ -7,7 +7,7 @@ linears of all blocks kept as one matrix, because they share their input and one
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pliant.compute import Compute, TransformerShape
 from pliant.compute.sites import SiteModel
-from pliant.errors import ConfigError, ShapeError, suggest
+from pliant.errors import ConfigError, ShapeError
+from pliant.mappings import from_mapping, to_mapping
 from pliant.models.layers import Block, TimestepEmbedder, modulated_norm
 from pliant.models.network import Backbone, NetworkConfig, Size
 from pliant.models.patches import patch_pair, patchify, token_grid, unpatchify
@@ -132,17 +133,13 @@ class DiTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         # Plain networks do not mention cuts or flow maps, so that identities made before there were any stay the same.
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        values = {k: v for k, v in to_mapping(self).items() if v is not None}
         return values if self.flow_map else {k: v for k, v in values.items() if k != "flow_map"}
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> DiTConfig:
         """Inverse of `to_dict`. Raises ConfigError naming an unknown field and the nearest known one."""
-        known = [f.name for f in fields(DiTConfig)]
-        for key in config:
-            if key not in known:
-                raise ConfigError(f"unknown DiT field {key!r}: {suggest(key, known)}")
-        return DiTConfig(**config)
+        return from_mapping(DiTConfig, config, "DiT field")
 
 
 class PatchEmbed(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pliant.compute import TransformerShape
 from pliant.errors import ConfigError, suggest
+from pliant.mappings import from_mapping, to_mapping
 from pliant.models.layers import linear, linear_gelu
 from pliant.models.network import Backbone, Size
 from pliant.models.patches import patch_pair, patchify, token_grid, unpatchify
@@ -93,7 +94,7 @@ class EquilibriumConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return to_mapping(self)
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> EquilibriumConfig:
@@ -102,11 +103,8 @@ class EquilibriumConfig:
         name = values.pop("name", None)
         if name is not None and name not in SIZES:
             raise ConfigError(f"unknown size {name!r} of an equilibrium transformer: {suggest(str(name), SIZES)}")
-        known = [f.name for f in fields(EquilibriumConfig)]
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"unknown field {key!r} of an equilibrium transformer: {suggest(key, known)}")
-        return EquilibriumConfig(**{**SIZES.get(name or "", {}), **values})
+        base = SIZES.get(name or "", {})
+        return from_mapping(EquilibriumConfig, {**base, **values}, "field of an equilibrium transformer")
 
 
 class InjectedBlock(nn.Module):

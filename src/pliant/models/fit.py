@@ -12,7 +12,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self, cast
 
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from pliant.compute import Compute, TransformerShape
 from pliant.compute.sites import SiteModel
 from pliant.errors import ConfigError, PlanError, ShapeError, suggest
+from pliant.mappings import from_mapping, to_mapping
 from pliant.models.dit import PatchEmbed, scale_rows
 from pliant.models.layers import TimestepEmbedder, modulated_norm
 from pliant.models.network import Backbone, Size, named
@@ -149,16 +150,12 @@ class FiTConfig:
         return FiTConfig(**{"patch_size": (patch, patch), **size, **kind, **options})
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return to_mapping(self)
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> FiTConfig:
         """Inverse of `to_dict`. Raises ConfigError naming an unknown field and the nearest known one."""
-        known = [f.name for f in fields(FiTConfig)]
-        for key in config:
-            if key not in known:
-                raise ConfigError(f"unknown FiT field {key!r}: {suggest(key, known)}")
-        return FiTConfig(**config)
+        return from_mapping(FiTConfig, config, "FiT field")
 
 
 class FullModulation(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self, cast
 
@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pliant.compute import Compute, TransformerShape
 from pliant.compute.sites import SiteModel
-from pliant.errors import ConfigError, PlanError, ShapeError, suggest
+from pliant.errors import ConfigError, PlanError, ShapeError
+from pliant.mappings import from_mapping, to_mapping
 from pliant.models.dit import scale_rows
 from pliant.models.layers import TimestepEmbedder, modulated_norm
 from pliant.models.network import Backbone, Size, Taps, named
@@ -151,19 +152,12 @@ class FlexibleConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        def listed(value: Any) -> Any:
-            return [listed(v) for v in value] if isinstance(value, tuple) else value
-
-        return {k: listed(v) for k, v in asdict(self).items() if v is not None}
+        return {k: v for k, v in to_mapping(self).items() if v is not None}
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> FlexibleConfig:
         """Inverse of `to_dict`. Raises ConfigError naming an unknown field and the nearest known one."""
-        known = [f.name for f in fields(FlexibleConfig)]
-        for key in config:
-            if key not in known:
-                raise ConfigError(f"unknown field {key!r} of a flexible network: {suggest(key, known)}")
-        return FlexibleConfig(**config)
+        return from_mapping(FlexibleConfig, config, "field of a flexible network")
 
 
 class PatchMode(nn.Module):

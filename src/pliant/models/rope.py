@@ -10,13 +10,14 @@ frequency-aware scaling (arXiv 2406.18583; sheet B, section 2).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from pliant.errors import ConfigError, ShapeError, suggest
+from pliant.mappings import from_mapping, to_mapping
 
 Rule: TypeAlias = Literal["none", "linear", "ntk", "ntk-by-parts", "yarn", "frequency-aware"]
 AttentionScale: TypeAlias = Literal["none", "paper", "code-side", "code-area"]
@@ -81,16 +82,12 @@ class RopeScaling:
         return RopeScaling(rule, train_length, per_axis, attention if plus else "none")  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return to_mapping(self)
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> RopeScaling:
         """Inverse of `to_dict`. Raises ConfigError naming an unknown field."""
-        known = [f.name for f in fields(RopeScaling)]
-        for key in config:
-            if key not in known:
-                raise ConfigError(f"unknown RoPE field {key!r}: {suggest(key, known)}")
-        return RopeScaling(**config)
+        return from_mapping(RopeScaling, config, "RoPE field")
 
 
 def axis_widths(head_dim: int, axes: int) -> tuple[int, ...]:

@@ -1,0 +1,35 @@
+"""Dataclasses of settings as mappings that JSON and YAML can hold, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pliant.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Settings = TypeVar("Settings", bound=DataclassInstance)
+
+
+def to_mapping(settings: DataclassInstance) -> dict[str, Any]:
+    """All fields of a dataclass by name, with lists in place of tuples, also inside tuples."""
+    return {name: _listed(value) for name, value in asdict(settings).items()}
+
+
+def from_mapping(kind: type[Settings], values: Mapping[str, Any], what: str) -> Settings:
+    """Inverse of `to_mapping`; the dataclass itself makes tuples of lists again.
+
+    what: how a message calls a field, e.g. "DiT field". Raises ConfigError naming an unknown field and the nearest.
+    """
+    known = [field.name for field in fields(kind)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown {what} {name!r}: {suggest(str(name), known)}")
+    return kind(**values)
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, tuple) else value
