@@ -12,180 +12,28 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pliant.compute import Compute, TransformerShape
+from pliant.compute import Compute
 from pliant.compute.sites import SiteModel
 from pliant.errors import ConfigError, PlanError, ShapeError
-from pliant.mappings import from_mapping, to_mapping
 from pliant.models.dit import scale_rows
+from pliant.models.flexible_config import FlexibleConfig as FlexibleConfig
 from pliant.models.layers import TimestepEmbedder, modulated_norm
 from pliant.models.network import Backbone, Size, Taps, named
-from pliant.models.patches import grid_of, patch_name, patchify, resize_head, resize_kernel, resize_matrix, unpatchify
-from pliant.models.rope import RopeScaling, axis_widths, grid_positions, rope_table
+from pliant.models.patch_mode import PatchMode
+from pliant.models.patches import grid_of, patch_name, unpatchify
+from pliant.models.rope import RopeScaling, grid_positions, rope_table
 from pliant.models.rotary import EPS, LowRankModulation, Rope, RotaryBlock
 
 MOST_SIDE_RATIO = 64
 """Longest over shortest side that calls accept: beyond it nothing was ever trained and the cost is a mistake."""
 NO_TOKENS = "token subsets, merging and kept keys do not work on a flexible network; use a larger patch"
-
-
-@dataclass(frozen=True)
-class FlexibleConfig:
-    """Everything that determines the backbone's shape and arithmetic."""
-
-    input_size: Size = (16, 16)
-    """The size of states unless another is asked for."""
-    patch_sizes: tuple[Size, ...] = ((1, 1), (2, 2))
-    """All patch sizes, the network's own (finest) first. As many axes as input_size."""
-    in_channels: int = 4
-    width: int = 256
-    depth: int = 8
-    heads: int = 8
-    mlp_hidden: int = 0
-    """Features inside the gated MLP; 0: two thirds of 4 * width, as FiTv2."""
-    modulation_rank: int = 0
-    """r of adaLN-LoRA; 0: a quarter of the width, as FiTv2."""
-    num_classes: int = 1000
-    class_dropout: float = 0.1
-    """Probability of replacing a label by the null label in training; 0 removes the null row from the table."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies; small states (sides below about 32) do better with 100."""
-    train_sides: tuple[int, int] | None = None
-    """Shortest and longest side of training states; None: input_size's."""
-    train_pixels: tuple[int, int] | None = None
-    """Fewest and most pixels of training states; None: the squares of train_sides and everything between."""
-
-    def __post_init__(self) -> None:
-        set_ = object.__setattr__
-        set_(self, "input_size", tuple(self.input_size))
-        axes = len(self.input_size)
-        given: Sequence[int | Sequence[int]] = self.patch_sizes  # files and people may write 2 for (2, 2)
-        sizes = ((p,) * axes if isinstance(p, int) else tuple(p) for p in given)
-        set_(self, "patch_sizes", tuple(sizes))
-        if not 1 <= axes <= 3 or not self.patch_sizes or any(len(p) != axes for p in self.patch_sizes):
-            raise ConfigError(
-                f"a flexible network has states of 1 to 3 axes and patch sizes of as many, got input_size "
-                f"{self.input_size} and patch_sizes {self.patch_sizes}"
-            )
-        if len(set(self.patch_sizes)) != len(self.patch_sizes):
-            raise ConfigError(f"patch_sizes repeat one: {self.patch_sizes}")
-        own = self.patch_sizes[0]
-        for patch in self.patch_sizes:
-            if any(p < 1 or p % o for p, o in zip(patch, own, strict=True)):
-                raise ConfigError(f"patch size {patch_name(patch)} is no multiple of the finest, {patch_name(own)}")
-        if min(self.in_channels, self.width, self.depth, self.heads, self.num_classes) < 1:
-            raise ConfigError("in_channels, width, depth, heads and num_classes must be at least 1")
-        if self.width % self.heads:
-            raise ConfigError(f"width {self.width} must be divisible by the number of heads ({self.heads})")
-        axis_widths(self.width // self.heads, axes)  # says if a head is too narrow
-        set_(self, "mlp_hidden", self.mlp_hidden or 4 * self.width * 2 // 3)
-        set_(self, "modulation_rank", self.modulation_rank or max(1, self.width // 4))
-        for name in ("train_sides", "train_pixels"):
-            value = getattr(self, name)
-            if value is not None:
-                set_(self, name, tuple(value))
-                if len(value) != 2 or not 1 <= value[0] <= value[1]:
-                    raise ConfigError(f"{name} is (least, most), whole numbers of at least 1; got {value}")
-        grid_of(self.input_size, own)
-
-    @property
-    def patch_size(self) -> Size:
-        return self.patch_sizes[0]
-
-    @property
-    def learn_sigma(self) -> bool:
-        """Never: this network predicts, and its variances are not learned."""
-        return False
-
-    @property
-    def flow_map(self) -> bool:
-        """Never yet: calls tell it one time."""
-        return False
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels
-
-    @property
-    def label_rows(self) -> int:
-        return self.num_classes + (1 if self.class_dropout > 0 else 0)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Shortest and longest side of training states."""
-        return self.train_sides or (min(self.input_size), max(self.input_size))
-
-    @property
-    def pixels(self) -> tuple[int, int]:
-        """Fewest and most pixels of training states."""
-        if self.train_pixels is not None:
-            return self.train_pixels
-        if self.train_sides is None:
-            return math.prod(self.input_size), math.prod(self.input_size)
-        axes = len(self.input_size)
-        return self.train_sides[0] ** axes, self.train_sides[1] ** axes
-
-    def shape(self, size: Size | None = None, patch: Size | None = None) -> TransformerShape:
-        """A call's shape for the cost model, at a size and patch size (None: own)."""
-        patch = patch or self.patch_size
-        return TransformerShape(
-            depth=self.depth,
-            width=self.width,
-            heads=self.heads,
-            in_channels=self.in_channels,
-            out_channels=self.out_channels,
-            patch=patch,
-            tokens=math.prod(grid_of(size or self.input_size, patch)),
-            mlp_ratio=max(4.0, self.mlp_hidden / self.width),
-            classes=self.label_rows,
-            block_hidden=(self.mlp_hidden,) * self.depth,
-            gated=True,
-            modulation_rank=self.modulation_rank,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in to_mapping(self).items() if v is not None}
-
-    @staticmethod
-    def from_dict(config: dict[str, Any]) -> FlexibleConfig:
-        """Inverse of `to_dict`. Raises ConfigError naming an unknown field and the nearest known one."""
-        return from_mapping(FlexibleConfig, config, "field of a flexible network")
-
-
-class PatchMode(nn.Module):
-    """How one patch size enters and leaves the network."""
-
-    def __init__(self, config: FlexibleConfig, patch: Size) -> None:
-        super().__init__()
-        self.patch = patch
-        self.weight = nn.Parameter(torch.empty(config.width, config.in_channels, *patch))
-        self.bias = nn.Parameter(torch.zeros(config.width))
-        self.embedding = nn.Parameter(torch.zeros(config.width))
-        """Added to the conditioning, which so knows the patch size."""
-        self.head = nn.Linear(config.width, math.prod(patch) * config.out_channels)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """(B, C, *size) -> (B, N, D)."""
-        kernel = self.weight.reshape(self.weight.shape[0], -1)
-        return F.linear(patchify(x.to(self.weight.dtype), self.patch), kernel, self.bias)
-
-    @torch.no_grad()
-    def start_from(self, other: PatchMode) -> None:
-        """The tokens and predictions of another (finer) mode: kernels averaged, heads resized (sheet A, 1.2-1.3)."""
-        down, up = resize_matrix(self.patch, other.patch, "bilinear"), resize_matrix(other.patch, self.patch, "area")
-        self.weight.copy_(resize_kernel(other.weight, down.T, self.patch))
-        self.bias.copy_(other.bias)
-        self.embedding.copy_(other.embedding)
-        self.head.weight.copy_(resize_head(other.head.weight, up))
-        self.head.bias.copy_(resize_head(other.head.bias, up))
 
 
 class FlexibleTransformer(Backbone):
