@@ -8,7 +8,7 @@ import torch
 
 from pliant import PliantError
 from pliant.formats import native
-from pliant.training import setup
+from pliant.training import setup, setup_data
 from pliant.training.data import digits
 from pliant.training.objectives import DDPM, FlowMatching, MMDBootstrap, PatchDistillation, SharedPatches
 from support.training import TINY_DIT, equal_states, tiny_config
@@ -94,6 +94,6 @@ def test_refusals(changes: dict[str, Any], message: str, tmp_path: Path) -> None
 def test_data_must_fit_the_model(tmp_path: Path) -> None:
     denoiser = setup.build_denoiser(tiny_config(tmp_path, model={"dit": {**TINY_DIT, "num_classes": 5}}))
     with pytest.raises(PliantError, match="labels up to 9"):
-        setup.check_data(digits(1, (8, 8)), denoiser)
+        setup_data.check_data(digits(1, (8, 8)), denoiser)
     with pytest.raises(PliantError, match="samples of"):
-        setup.check_data(digits(3, (8, 8)), denoiser)
+        setup_data.check_data(digits(3, (8, 8)), denoiser)

@@ -88,7 +88,7 @@ def _data(source: str, denoiser: Denoiser) -> TrainingSet:
 
     _need("pydantic")
     from pliant.training.config import DataConfig
-    from pliant.training.setup import open_data
+    from pliant.training.setup_data import open_data
 
     return open_data(DataConfig(source=source), denoiser)
 

@@ -73,7 +73,7 @@ class Workshop:
     def inverted(self, stage: str, teacher: str, plan: PlanConfig, data: DataConfig) -> str:
         """The folder of real images with the noise that the teacher's flow takes them to."""
         from pliant.distillation.pairs import invert_images
-        from pliant.training.setup import open_data
+        from pliant.training.setup_data import open_data
 
         denoiser = _placed(teacher)
         target = self.folder / stage

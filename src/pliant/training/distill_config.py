@@ -10,8 +10,8 @@ from pydantic import Field
 
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
-from pliant.paths import TimeDensity, get_time_density, prediction_type
-from pliant.training.flow_config import CouplingConfig, MetricConfig, PlanConfig, load_teacher
+from pliant.paths import prediction_type
+from pliant.training.flow_config import CouplingConfig, MetricConfig, PlanConfig, density, load_teacher
 from pliant.training.models import Runner
 from pliant.training.objectives import (
     Consistency,
@@ -27,14 +27,6 @@ from pliant.training.section import ObjectiveSection
 
 Kind = Literal["velocity", "epsilon", "sample", "v_prediction", "score"]
 Share = Field(default=0.0, ge=0, le=1)
-
-
-def density(given: str | dict[str, Any]) -> TimeDensity:
-    """A time density by name, or {name: ..., options}. Raises ConfigError."""
-    if isinstance(given, str):
-        return get_time_density(given)
-    options = dict(given)
-    return get_time_density(str(options.pop("name", None)), **options)
 
 
 class StepsConfig(ObjectiveSection):

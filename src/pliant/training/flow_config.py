@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from pliant.errors import ConfigError
+from pliant.paths import TimeDensity, get_time_density, prediction_type
 from pliant.training import couplings, losses
 from pliant.training.models import Runner
-from pliant.training.section import Section
+from pliant.training.objectives import FlowMatching, Objective
+from pliant.training.section import ObjectiveSection, Section
 
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
@@ -121,7 +123,7 @@ class MetricConfig(Section):
         return perceptual if self.name == "perceptual" else losses.Sum((losses.SquaredError(), perceptual))
 
 
-class FlowMatchingConfig(Section):
+class FlowMatchingConfig(ObjectiveSection):
     """Velocity regression on any path with a Gaussian source."""
 
     name: Literal["flow_matching"] = "flow_matching"
@@ -133,6 +135,26 @@ class FlowMatchingConfig(Section):
     metric: MetricConfig = MetricConfig()
     space: Literal["velocity", "epsilon", "sample", "v_prediction", "score"] = "velocity"
     """What is regressed; the network's output is converted to it."""
+
+    def build(self, denoiser: Denoiser) -> Objective:
+        time, dropout = density(self.time), class_dropout(self.class_dropout, denoiser)
+        return FlowMatching(time, dropout, self.coupling.build(), self.metric.build(), prediction_type(self.space))
+
+
+def density(given: str | dict[str, Any]) -> TimeDensity:
+    """A time density by name, or {name: ..., options}. Raises ConfigError."""
+    if isinstance(given, str):
+        return get_time_density(given)
+    options = dict(given)
+    return get_time_density(str(options.pop("name", None)), **options)
+
+
+def class_dropout(given: float | None, denoiser: Denoiser) -> float:
+    """How often training drops labels; None: as often as the network says. Raises ConfigError if it has no null."""
+    own = denoiser.config.class_dropout
+    if given is not None and given > 0 and own == 0:
+        raise ConfigError("class_dropout needs a null label: give the network `class_dropout` above 0 (DiT: 0.1)")
+    return own if given is None else given
 
 
 def load_teacher(source: str | None, key: str) -> Denoiser:

@@ -10,8 +10,7 @@ from pydantic import Field
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
 from pliant.training.critic import Critic
-from pliant.training.distill_config import density
-from pliant.training.flow_config import MetricConfig, load_teacher
+from pliant.training.flow_config import MetricConfig, density, load_teacher
 from pliant.training.objectives.alpha_flow import AlphaFlow, Curriculum
 from pliant.training.objectives.base import Objective
 from pliant.training.objectives.equilibrium import EquilibriumDistillation
@@ -218,17 +217,3 @@ class RefinerConfig(ObjectiveSection):
 
     def build(self, denoiser: Denoiser) -> Objective:
         return VelocityRefiner(load_teacher(self.teacher, "objective.teacher"), self.longest, self.class_dropout)
-
-
-FLOW_MAP_SECTIONS = (
-    MeanFlowConfig,
-    ImprovedMeanFlowConfig,
-    AlphaFlowConfig,
-    SplitMeanFlowConfig,
-    ShortcutConfig,
-    TrajectoryConfig,
-    SegmentedConfig,
-    TrigConsistencyConfig,
-    EquilibriumObjective,
-    RefinerConfig,
-)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, PliantError
 from pliant.models.flexible import FlexibleTransformer
-from pliant.training import setup
+from pliant.training import setup, setup_data
 from pliant.training.checkpoint import (
     checkpoint_path,
     has_checkpoints,
@@ -79,15 +79,15 @@ def train(
     denoiser = denoiser or setup.build_denoiser(config)
     objective = setup.build_objective(config, denoiser)
     if config.tokens is not None:
-        sized = setup.build_sized_data(config, denoiser) if data is None else cast(SizedSet, data)
-        setup.check_sized_data(sized, denoiser)
+        sized = setup_data.build_sized_data(config, denoiser) if data is None else cast(SizedSet, data)
+        setup_data.check_sized_data(sized, denoiser)
         data = sized
     else:
-        of = setup.data_model(objective, denoiser)
-        fixed = setup.build_data(config, of) if data is None else cast(TrainingSet, data)
-        setup.check_data(fixed, of)
+        of = setup_data.data_model(objective, denoiser)
+        fixed = setup_data.build_data(config, of) if data is None else cast(TrainingSet, data)
+        setup_data.check_data(fixed, of)
         data = fixed
-    denoiser = setup.with_data_facts(denoiser, data)
+    denoiser = setup_data.with_data_facts(denoiser, data)
     if sampler is None and config.sampling.every:
         sampler = grid_sampler(config.sampling, Path(config.output) / "samples")
     return Trainer(config, denoiser, objective, data, sampler, quiet).run()
