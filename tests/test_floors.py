@@ -38,7 +38,7 @@ HEAVY = (
 
 
 def unit_of(file: Path, package: Path = PACKAGE) -> str:
-    """The part of Pliant a file belongs to: `paths/times.py` -> "paths", `denoiser.py` -> "denoiser"."""
+    """The part of Pliant a file belongs to: `paths/times.py` -> "paths", `errors.py` -> "errors"."""
     parts = file.relative_to(package).with_suffix("").parts
     return "" if parts == ("__init__",) else parts[0]
 

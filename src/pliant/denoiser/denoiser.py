@@ -6,8 +6,6 @@ network with its own conventions.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,68 +15,25 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pliant.adapters.alignment import Alignment, alignment, coarse, preconditioned, seen_from
+from pliant.adapters.alignment import Alignment, coarse
 from pliant.adapters.exit_dit import ExitDiT
 from pliant.adapters.flexible_dit import FlexiDiT
-from pliant.adapters.low_band import coarse_config
 from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.adapters.width import DynamicDiT
-from pliant.compute import MATMUL, Compute, Convention, TransformerShape, spent_macs
+from pliant.compute import MATMUL, Compute, Convention, TransformerShape
+from pliant.denoiser import aligning, call_cost
+from pliant.denoiser import identity as identities
+from pliant.denoiser.prediction import Prediction, Trained
 from pliant.errors import ConfigError, ShapeError
 from pliant.models.dit import DiT, DiTConfig
 from pliant.models.network import Backbone, NetworkConfig, Size, Taps, named
 from pliant.models.patches import patch_pair
-from pliant.paths import (
-    Match,
-    NetworkTime,
-    Path,
-    Preconditioning,
-    PredictionType,
-    carried,
-    like,
-    match,
-    path_from_config,
-    prediction_type,
-)
+from pliant.paths import Match, NetworkTime, Path, Preconditioning, PredictionType, like, match, prediction_type
 
 if TYPE_CHECKING:
     from pliant.adapters.low_band_denoiser import LowBandDenoiser
 
 Network: TypeAlias = Backbone | ExitDiT | DynamicDiT | TokenRoutedDiT
-
-
-@dataclass
-class Prediction:
-    """One network call's answer, convertible to any prediction kind."""
-
-    value: Tensor
-    kind: PredictionType
-    x: Tensor
-    """The state it speaks about, (B, C, H, W)."""
-    t: Tensor
-    """House time, float64, (B,) or a scalar."""
-    path: Path
-    variance: Tensor | None = None
-    """Variance code in about [-1, 1] of networks with learned sigma, (B, C, H, W)."""
-
-    def to(self, kind: PredictionType) -> Tensor:
-        """The prediction as another kind, (B, C, H, W)."""
-        return self.path.convert(self.value, self.x, self.t, self.kind, kind)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a network was trained as, where that differs from what its denoiser is used as."""
-
-    path: Path
-    prediction: PredictionType
-
-    def to_config(self) -> dict[str, Any]:
-        return {"path": self.path.to_config(), "prediction": self.prediction}
-
-    @staticmethod
-    def from_config(config: dict[str, Any]) -> Trained:
-        return Trained(path_from_config(config["path"]), prediction_type(config["prediction"]))
 
 
 @dataclass(frozen=True)
@@ -435,36 +390,6 @@ class Denoiser:
         wanted = "x".join(map(str, compute.patch))
         raise ConfigError(f"this model has patch sizes {known}, not {wanted}; add it with pliant.flexify")
 
-    def align(self, compute: Compute, t: Tensor) -> Alignment | None:
-        """How calls with this compute at house times t (any shape) are fed and read; None: as they are.
-
-        Raises ConfigError where the network's prediction does not say what is asked of it.
-        """
-        found = self.match(t)
-        if found is None:
-            return self._native_align(compute, t)
-        native = self.native
-        p, q = carried(native.path, found.time, native.prediction, self.path, t, self.prediction)
-        if not bool((torch.isfinite(p) & torch.isfinite(q)).all()):
-            raise ConfigError(
-                f"at some time the network's {native.prediction} prediction does not determine {self.prediction} on "
-                f"path {self.path.name!r}; keep to times between 0.001 and 0.999"
-            )
-        one, zero = torch.ones_like(p), torch.zeros_like(p)
-        inner = self._native_align(compute, found.time) or Alignment(one, found.time, zero, zero, one)
-        return seen_from(inner, found, p, q)
-
-    def _native_align(self, compute: Compute, t: Tensor) -> Alignment | None:
-        """The same on the network's own path, for the kind it was trained to predict."""
-        path, kind = self.native.path, self.native.prediction
-        pixels = 1
-        core = self.core
-        if isinstance(core, FlexiDiT) and compute.patch is not None:
-            pixels = core.aligned_pixels((compute.patch[0], compute.patch[-1]))
-        if pixels != 1 and isinstance(core, FlexiDiT):
-            return alignment(path, kind, t, pixels, core.spec.missing_power, self.preconditioning)
-        return None if self.preconditioning is None else preconditioned(path, self.preconditioning, t)
-
     def low_band(self, compute: Compute) -> LowBandDenoiser:
         """What answers calls at `compute.scale`. Raises ConfigError or ShapeError where that smaller grid is none."""
         from pliant.adapters.low_band_denoiser import LowBandDenoiser
@@ -472,6 +397,13 @@ class Denoiser:
         if compute.scale is None:
             raise ConfigError("this compute asks for no scale")
         return LowBandDenoiser(self, compute.scale)
+
+    def align(self, compute: Compute, t: Tensor) -> Alignment | None:
+        """How calls with this compute at house times t (any shape) are fed and read; None: as they are.
+
+        Raises ConfigError where the network's prediction does not say what is asked of it.
+        """
+        return aligning.align(self, compute, t)
 
     def coarse_ratio(self, compute: Compute) -> Size:
         """How much coarser this compute's patches are, per axis."""
@@ -482,19 +414,7 @@ class Denoiser:
 
     def shape(self, compute: Compute | None = None) -> TransformerShape:
         """The call's shape for the cost model."""
-        compute, config, core = compute or Compute(), self.config, self.core
-        patch, leave = self.patch_of(compute), self.exit_of(compute)
-        if leave is not None and isinstance(self.network, ExitDiT):
-            config = self.network.exit_config(leave)
-        if compute.scale is not None:
-            config = coarse_config(self.dit_config, compute.scale)
-        shape = config.shape(self.size, patch)
-        if isinstance(core, FlexiDiT) and core.spec.recipe == "lora":
-            extra = patch != config.patch_size and not compute.merged
-            shape = replace(shape, lora_rank=core.spec.rank if extra else 0)
-        if isinstance(self.network, TokenRoutedDiT):
-            shape = replace(shape, router_hidden=self.network.spec.features(self.dit_config))
-        return shape
+        return call_cost.shape(self, compute or Compute())
 
     def flops(
         self, compute: Compute | None = None, convention: Convention = MATMUL, t: float | None = None
@@ -504,26 +424,14 @@ class Denoiser:
         t: house time, on which the cost of a network with routed width depends; None: at full width. Tokens that such a
         network skips depend on the image and are not deducted: this is the most that it can cost (see `least_flops`).
         """
-        if t is not None and isinstance(self.network, DynamicDiT):
-            return 2 * self._width_macs(t, 1.0, convention)
-        return 2 * spent_macs(self.shape(compute), compute or Compute(), convention)
-
-    def _width_macs(self, t: float, tokens: float, convention: Convention) -> int:
-        """At house time t, with this share of the tokens in every MLP."""
-        from pliant.adapters.width_slicing import width_macs, width_variants
-
-        assert isinstance(self.network, DynamicDiT)
-        time = self.encode(torch.tensor([t], dtype=torch.float64)).float().to(self.device)
-        return width_macs(width_variants(self.network, time)[0], (tokens,) * self.config.depth, convention)
+        return call_cost.flops(self, compute or Compute(), convention, t)
 
     def least_flops(self, compute: Compute, convention: Convention = MATMUL, t: float | None = None) -> int:
         """FLOPs of one call if its gate reuses, or if its token routers let every token pass the MLPs by.
 
         The same as `flops` where nothing is decided while sampling. t: as for `flops`.
         """
-        if t is not None and isinstance(self.network, DynamicDiT):
-            return 2 * self._width_macs(t, 0.0, convention)
-        return 2 * spent_macs(self.shape(compute), compute, convention, hit=True)
+        return call_cost.least_flops(self, compute, convention, t)
 
     @property
     def num_sites(self) -> int:
@@ -553,26 +461,7 @@ class Denoiser:
 
     def identity(self) -> dict[str, Any]:
         """What a plan needs to know to recognise this model: architecture and conventions, not weights."""
-        network: dict[str, Any] = {self.core.family: self.config.to_dict()}
-        if isinstance(self.core, FlexiDiT):
-            network["flex"] = self.core.spec.to_dict()
-        if isinstance(self.network, ExitDiT):
-            network["exits"] = self.network.spec.to_dict()
-        if isinstance(self.network, DynamicDiT):
-            network["width"] = self.network.spec.to_dict()
-        if isinstance(self.network, TokenRoutedDiT):
-            network["routers"] = self.network.spec.to_dict()
-        identity = {
-            "network": network,
-            "path": self.path.to_config(),
-            "prediction": self.prediction,
-            "network_time": self.network_time.to_config(),
-        }
-        if self.preconditioning is not None:
-            identity["preconditioning"] = self.preconditioning.to_config()
-        if self.trained is not None:
-            identity["trained"] = self.trained.to_config()
-        return identity
+        return identities.identity(self)
 
     def fingerprint(self) -> str:
         """12 hex digits that recognise the model a plan was made for: `identity()` without what was added to it.
@@ -580,7 +469,4 @@ class Denoiser:
         Fine-tuned, flexified and exit-bearing relatives share it; whether they have the patch sizes and exits a plan
         asks for is checked there.
         """
-        identity = self.identity()
-        for added in ("flex", "exits", "width", "routers"):
-            identity["network"].pop(added, None)
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        return identities.fingerprint(self)
