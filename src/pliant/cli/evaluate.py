@@ -10,6 +10,7 @@ import typer
 
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json, progress
+from pliant.cli.option_groups import grouped
 from pliant.cli.planning import PlanOptions, cost_facts, own_precision, plan_from
 from pliant.errors import ConfigError
 
@@ -33,7 +34,7 @@ ALIASES = {"inception": "inception-v3-pool3"}
 
 
 def register(app: typer.Typer) -> None:
-    app.command("eval", epilog=EXAMPLES)(evaluate)
+    app.command("eval", epilog=EXAMPLES)(grouped(evaluate))
 
 
 def evaluate(
@@ -66,19 +67,7 @@ def evaluate(
         typer.Option("--save-reference", help="Keep the reference's statistics: .safetensors, or .npz for Inception."),
     ] = None,
     plan: opt.PlanFile = None,
-    budget: opt.Budget = None,
-    steps: opt.Steps = None,
-    solver: opt.SolverName = None,
-    grid: opt.GridName = None,
-    cache: opt.CacheName = None,
-    guide: opt.GuideName = None,
-    guidance: opt.GuidanceScale = None,
-    guided_channels: opt.GuidedChannels = None,
-    weak_steps: opt.WeakSteps = None,
-    weak_guidance_steps: opt.WeakGuidanceSteps = None,
-    weak: opt.WeakPatch = None,
-    weak_last: opt.WeakLast = False,
-    precision: opt.PrecisionName = None,
+    choices: PlanOptions = PlanOptions(),  # noqa: B008, a frozen value
     batch_size: opt.BatchSize = 64,
     decode: opt.Decoder = None,
     device: opt.Device = None,
@@ -99,21 +88,6 @@ def evaluate(
     from pliant.evaluation.processes import started
     from pliant.plans import Sampler
 
-    choices = PlanOptions(
-        budget=budget,
-        steps=steps,
-        solver=solver,
-        grid=grid,
-        cache=cache,
-        guide=guide,
-        guidance=guidance,
-        guided_channels=guided_channels,
-        weak_steps=weak_steps,
-        weak_guidance_steps=weak_guidance_steps,
-        weak=weak,
-        weak_last=weak_last,
-        precision=precision,
-    )
     processes = started()
     denoiser = (opened := open_model(model, format, option, device or processes.device)).denoiser
     chosen = plan_from(plan, denoiser, choices)

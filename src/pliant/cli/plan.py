@@ -11,6 +11,7 @@ import typer
 
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json
+from pliant.cli.option_groups import grouped
 from pliant.cli.planning import PlanOptions, cost_facts, plan_from, table_for
 from pliant.cli.searching import SearchOptions, list_all, search_facts, searched
 from pliant.errors import ConfigError, PliantError
@@ -35,25 +36,12 @@ Examples:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("plan", epilog=EXAMPLES)(plan)
+    app.command("plan", epilog=EXAMPLES)(grouped(plan))
 
 
 def plan(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Folder, file, bundled name or Hub id.")] = None,
-    budget: opt.Budget = None,
-    steps: opt.Steps = None,
-    solver: opt.SolverName = None,
-    grid: opt.GridName = None,
-    cache: opt.CacheName = None,
-    guide: opt.GuideName = None,
-    guidance: opt.GuidanceScale = None,
-    guided_channels: opt.GuidedChannels = None,
-    weak_steps: opt.WeakSteps = None,
-    weak_guidance_steps: opt.WeakGuidanceSteps = None,
-    weak: opt.WeakPatch = None,
-    weak_last: opt.WeakLast = False,
-    precision: opt.PrecisionName = None,
-    throughput: opt.ThroughputFile = None,
+    choices: PlanOptions = PlanOptions(),  # noqa: B008, a frozen value
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -63,28 +51,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    search: Annotated[
-        str | None,
-        typer.Option("--search", metavar="PLANNER", help="Search for the plan: auto, s3, oss, ...", show_default=False),
-    ] = None,
-    time: Annotated[
-        str | None, typer.Option("--time", help="How long a search may take: 90s, 5min.", show_default=False)
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the search.  [default: 0]")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the search whose journal lies beside the plan file.")
-    ] = False,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference",
-            help="Search by the distance to these images (as in 'pliant eval') instead of to full compute's samples.",
-            show_default=False,
-        ),
-    ] = None,
-    num: Annotated[
-        int | None, typer.Option("--num", min=20, help="Images per measured finalist.  [default: 256]")
-    ] = None,
+    search: SearchOptions = SearchOptions(),  # noqa: B008, a frozen value
     list_planners: Annotated[bool, typer.Option("--list-planners", help="Name the planners, and end.")] = False,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="Sample once and write down what the gates of --cache decide.")
@@ -116,22 +83,6 @@ def plan(
     if list_planners:
         list_all(json)
         return
-    choices = PlanOptions(
-        budget=budget,
-        steps=steps,
-        solver=solver,
-        grid=grid,
-        cache=cache,
-        guide=guide,
-        guidance=guidance,
-        guided_channels=guided_channels,
-        weak_steps=weak_steps,
-        weak_guidance_steps=weak_guidance_steps,
-        weak=weak,
-        weak_last=weak_last,
-        precision=precision,
-        throughput=throughput,
-    )
     if show is not None:
         if freeze:
             raise ConfigError("--show only describes a plan: leave out --freeze")
@@ -143,10 +94,10 @@ def plan(
     from pliant.cli.models import open_model
     from pliant.plans import parse_budget
 
-    request = SearchOptions(search, time, seed, resume, reference, num)
-    request.check(budget, choices, out)
+    budget = choices.budget
+    search.check(budget, choices, out)
     denoiser = open_model(model, format, option, device or "cpu").denoiser
-    found = None if search is None else searched(denoiser, choices, request, out)
+    found = None if search.planner is None else searched(denoiser, choices, search, out)
     made = plan_from(None, denoiser, choices) if found is None else found.plan
     batch = batch_size or (parse_budget(budget).batch if budget is not None else 1)
     if freeze:
@@ -158,13 +109,13 @@ def plan(
             raise PliantError(f"could not write {out}: {error.strerror or error}") from None
     if json:
         facts = {"file": str(out) if out else None, "digest": made.digest()}
-        table = table_for(denoiser, throughput)
+        table = table_for(denoiser, choices.throughput)
         evidence = {} if found is None else {"search": search_facts(found)}
         emit_json({**facts, "cost": cost_facts(made, denoiser, batch, table), **evidence, "plan": made.to_dict()})
         return
     if found is not None:
         print(found.headline())
-    print(made.describe(denoiser, batch, table_for(denoiser, throughput)))
+    print(made.describe(denoiser, batch, table_for(denoiser, choices.throughput)))
     if out is not None:
         print(f"\n{out} written; run it with: pliant sample {model} --plan {out}")
 

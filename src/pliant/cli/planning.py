@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pliant.cli import options as opt
 from pliant.cli.console import note, progress
 from pliant.cli.models import parse_patch
 from pliant.errors import ConfigError
@@ -21,22 +22,22 @@ STEPS, SOLVER = 50, "dpmpp-2m"
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """As typed; None where nothing was typed."""
+    """As typed; None where nothing was typed. One parameter of a command stands for all (`grouped`)."""
 
-    budget: str | None = None
-    steps: int | None = None
-    solver: str | None = None
-    guidance: float | None = None
-    guided_channels: int | None = None
-    weak_steps: int | None = None
-    weak_guidance_steps: int | None = None
-    weak: str | None = None
-    weak_last: bool = False
-    precision: str | None = None
-    grid: str | None = None
-    cache: str | None = None
-    guide: str | None = None
-    throughput: Path | None = None
+    budget: opt.Budget = None
+    steps: opt.Steps = None
+    solver: opt.SolverName = None
+    grid: opt.GridName = None
+    cache: opt.CacheName = None
+    guide: opt.GuideName = None
+    guidance: opt.GuidanceScale = None
+    guided_channels: opt.GuidedChannels = None
+    weak_steps: opt.WeakSteps = None
+    weak_guidance_steps: opt.WeakGuidanceSteps = None
+    weak: opt.WeakPatch = None
+    weak_last: opt.WeakLast = False
+    precision: opt.PrecisionName = None
+    throughput: opt.ThroughputFile = None
 
     def given(self) -> list[str]:
         """The options that were typed, as typed."""

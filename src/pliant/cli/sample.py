@@ -11,6 +11,7 @@ import typer
 
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json, progress
+from pliant.cli.option_groups import grouped
 from pliant.cli.planning import PlanOptions, cost_facts, own_precision, plan_from, with_precision
 from pliant.errors import ConfigError, PliantError
 
@@ -56,7 +57,7 @@ Out = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    app.command("sample", epilog=EXAMPLES)(sample)
+    app.command("sample", epilog=EXAMPLES)(grouped(sample))
 
 
 def sample(
@@ -71,19 +72,7 @@ def sample(
     ] = None,
     replay: Annotated[Path | None, typer.Option("--replay", help="Make this PNG of Pliant again and compare.")] = None,
     plan: opt.PlanFile = None,
-    budget: opt.Budget = None,
-    steps: opt.Steps = None,
-    solver: opt.SolverName = None,
-    grid: opt.GridName = None,
-    cache: opt.CacheName = None,
-    guide: opt.GuideName = None,
-    guidance: opt.GuidanceScale = None,
-    guided_channels: opt.GuidedChannels = None,
-    weak_steps: opt.WeakSteps = None,
-    weak_guidance_steps: opt.WeakGuidanceSteps = None,
-    weak: opt.WeakPatch = None,
-    weak_last: opt.WeakLast = False,
-    precision: opt.PrecisionName = None,
+    choices: PlanOptions = PlanOptions(),  # noqa: B008, a frozen value
     size: opt.StateSize = None,
     extrapolation: opt.Extrapolation = None,
     batch_size: opt.BatchSize = 16,
@@ -97,21 +86,6 @@ def sample(
 
     Image k has seed SEED + k and is the same alone, in a batch and on another day.
     """
-    choices = PlanOptions(
-        budget=budget,
-        steps=steps,
-        solver=solver,
-        grid=grid,
-        cache=cache,
-        guide=guide,
-        guidance=guidance,
-        guided_channels=guided_channels,
-        weak_steps=weak_steps,
-        weak_guidance_steps=weak_guidance_steps,
-        weak=weak,
-        weak_last=weak_last,
-        precision=precision,
-    )
     if replay is not None:
         given = (("--plan", plan), ("--class", classes), ("--size", size), ("--extrapolation", extrapolation))
         ignored = [*(name for name, value in given if value), *choices.given()]

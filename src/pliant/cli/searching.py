@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from pliant.cli.console import emit_json, note, progress_saying
 from pliant.cli.planning import STEPS, PlanOptions, ready_budget
@@ -19,14 +21,30 @@ ALLOWED = {"--budget", "--steps", "--guidance", "--throughput"}
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """As typed; None where nothing was typed."""
+    """As typed; None where nothing was typed. One parameter of a command stands for all (`grouped`)."""
 
-    planner: str | None
-    time: str | None
-    seed: int | None
-    resume: bool
-    reference: str | None
-    num: int | None
+    planner: Annotated[
+        str | None,
+        typer.Option("--search", metavar="PLANNER", help="Search for the plan: auto, s3, oss, ...", show_default=False),
+    ] = None
+    time: Annotated[
+        str | None, typer.Option("--time", help="How long a search may take: 90s, 5min.", show_default=False)
+    ] = None
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the search.  [default: 0]")] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the search whose journal lies beside the plan file.")
+    ] = False
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            help="Search by the distance to these images (as in 'pliant eval') instead of to full compute's samples.",
+            show_default=False,
+        ),
+    ] = None
+    num: Annotated[
+        int | None, typer.Option("--num", min=20, help="Images per measured finalist.  [default: 256]")
+    ] = None
 
     def check(self, budget: str | None, choices: PlanOptions, out: Path | None) -> None:
         """Raise PliantError for options that do not go together."""
