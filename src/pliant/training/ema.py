@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pliant.errors import ConfigError, FormatError
+from pliant.training.sharded import local, placed
 
 
 class EMA:
     """`average <- d*average + (1-d)*parameter` after each step, in float32, of trainable parameters.
+
+    Averages of sharded parameters are sharded alike.
 
     With `warmup`, step k (from 0) uses `d = min(decay, (1+k)/(10+k))`, so that a short run forgets its
     initialisation; without, d is `decay` from the first step (official DiT).
@@ -34,8 +37,8 @@ class EMA:
         """Take in the parameters after optimizer step number `step` (from 0)."""
         if not self.averages:
             return
-        current = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self.averages.values()), current, 1.0 - self.decay_at(step))
+        current = [local(p).float() for p in self._parameters.values()]
+        torch._foreach_lerp_([local(a) for a in self.averages.values()], current, 1.0 - self.decay_at(step))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -54,7 +57,7 @@ class EMA:
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(local(values[name]))
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.averages)
@@ -66,4 +69,5 @@ class EMA:
             odd = sorted(state.keys() ^ self.averages.keys())
             raise FormatError(f"the EMA in this checkpoint is for other parameters; differing: {', '.join(odd[:3])}")
         for name, value in state.items():
-            self.averages[name].copy_(value)
+            average = self.averages[name]
+            local(average).copy_(local(placed(value, average)))

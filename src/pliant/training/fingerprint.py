@@ -11,6 +11,7 @@ from torch import nn
 
 from pliant.denoiser import Denoiser
 from pliant.files import tensors_sha256
+from pliant.training.sharded import whole
 
 # Settings that may differ without changing what a step computes.
 HARMLESS = frozenset({"steps", "checkpoint", "sampling", "log_every", "output", "resume", "checkpointing"})
@@ -27,7 +28,7 @@ def frozen_hash(network: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in frozen:
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(whole(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest() if frozen else ""
 
 

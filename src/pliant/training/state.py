@@ -15,6 +15,7 @@ from pliant.training.checkpoint import TrainingState
 from pliant.training.config import TrainConfig
 from pliant.training.ema import EMA
 from pliant.training.fingerprint import changed_settings, frozen_hash
+from pliant.training.sharded import everywhere, gathered, local, placed
 
 logger = logging.getLogger("pliant.training")
 
@@ -55,16 +56,20 @@ class Trainable:
         self.ema.update(step)
 
     def is_finite(self) -> bool:
-        """Whether every trainable parameter is."""
-        return all(bool(torch.isfinite(p).all()) for p in self.parameters.values())
+        """Whether every trainable parameter is, on all processes."""
+        here = all(bool(torch.isfinite(local(p)).all()) for p in self.parameters.values())
+        return everywhere(here, next(iter(self.parameters.values())))
 
-    def capture(self, step: int) -> TrainingState:
-        """The state after `step` finished steps. Shares memory: write it before training on."""
+    def capture(self, step: int, keep: bool = True) -> TrainingState:
+        """The state after `step` finished steps. Shares memory: write it before training on.
+
+        Of a sharded run all processes capture together, and those that do not keep the tensors get None for each.
+        """
         return TrainingState(
             step=step,
-            model=self._model_tensors(),
-            ema=self.ema.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            model=gathered(self._model_tensors(), keep),
+            ema=gathered(self.ema.state_dict(), keep),
+            optimizer=gathered(self.optimizer.state_dict(), keep),
             info={"config": self.config.to_dict(), "frozen": self._frozen, "torch": torch.__version__},
         )
 
@@ -80,9 +85,18 @@ class Trainable:
             raise FormatError(f"{path} is for another model: its tensors differ in name or shape")
         with torch.no_grad():
             for name, tensor in state.model.items():
-                own[name].copy_(tensor)
+                local(own[name]).copy_(local(placed(tensor, own[name])))
         self.ema.load_state_dict(state.ema)
-        self.optimizer.load_state_dict(dict(state.optimizer))
+        self.optimizer.load_state_dict(self._optimizer_state(state.optimizer))
+
+    def _optimizer_state(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """A stored optimizer state with every moment sharded as its parameter."""
+        parameters = dict(enumerate(self.parameters.values()))
+        moments = {
+            i: {k: placed(v, parameters[i]) if v.shape == parameters[i].shape else v for k, v in values.items()}
+            for i, values in stored["state"].items()
+        }
+        return {**stored, "state": moments}
 
     def _model_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores of the model and its companions: trainable parameters and persistent buffers."""

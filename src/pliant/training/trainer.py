@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, PliantError
 from pliant.models.flexible import FlexibleTransformer
+from pliant.models.network import Backbone
 from pliant.training import setup, setup_data
 from pliant.training.checkpoint import (
     checkpoint_path,
@@ -38,6 +39,8 @@ from pliant.training.objectives import Batch, Objective, SizedBatch
 from pliant.training.prefetch import Prefetch, moved, pinned
 from pliant.training.refinement import NORMS, Refined, gradient_norm, read_norms, refine_schedule
 from pliant.training.schedule import learning_rate
+from pliant.training.sharded import whole
+from pliant.training.sharding import check_sharded, drain, fill, shard, sharding_asked, unsharded_twin
 from pliant.training.state import Trainable
 
 logger = logging.getLogger("pliant.training")
@@ -96,15 +99,18 @@ def train(
 class StepModule(nn.Module):
     """The forward half of a step as one module, so that DDP sees every parameter that any objective uses."""
 
-    def __init__(self, denoiser: Denoiser, objective: Objective, bf16: bool) -> None:
+    objective: Objective
+
+    def __init__(self, denoiser: Denoiser, companions: Sequence[nn.Module], bf16: bool) -> None:
+        """`objective` is to be set before the first step."""
         super().__init__()
         self.network = denoiser.network
-        self.companions = nn.ModuleList(companions(objective))
-        self._denoiser, self._objective, self._bf16 = denoiser, objective, bf16
+        self.companions = nn.ModuleList(companions)
+        self._denoiser, self._bf16 = denoiser, bf16
 
     def forward(self, batch: Batch | SizedBatch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(batch.labels.device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            result = self._objective(self._denoiser, batch, draws)
+            result = self.objective(self._denoiser, batch, draws)
         return result.loss, dict(result.logs)
 
 
@@ -129,16 +135,26 @@ class Trainer:
         self.quiet = quiet or not self.main
         self.blocks = self.accelerator.num_processes * config.accumulate
         """Forward passes of an optimizer step, over all processes."""
-        self.denoiser = denoiser.to(self.device)
+        self.denoiser = denoiser
+        sharding = sharding_asked(self.accelerator)
+        self._twin: nn.Module | None = None
+        """Of a sharded network: one that samples and is exported, without weights while training."""
+        if sharding is None:
+            self.denoiser = denoiser.to(self.device)
+        else:
+            check_sharded(objective)
+            self._twin = unsharded_twin(denoiser)
         if config.checkpointing:
             if not hasattr(denoiser.core, "checkpointing"):
                 raise ConfigError(f"checkpointing is for flexible networks and FiT; this is a {denoiser.core.family}")
             vars(denoiser.core)["checkpointing"] = True
         beside = [module.to(self.device) for module in companions(objective)]
+        step_module = StepModule(self.denoiser, beside, config.precision == "bf16")
+        if sharding is not None:
+            shard(step_module, self.denoiser.network, sharding, self.device)
         self.state = Trainable(self.denoiser.network.train(), config, beside)
-        objective = prepared(objective, self.denoiser, self.state.ema)
-        step_module = StepModule(self.denoiser, objective, config.precision == "bf16")
-        self.step_module = self.accelerator.prepare_model(step_module)
+        step_module.objective = objective = prepared(objective, self.denoiser, self.state.ema)
+        self.step_module = step_module if sharding is not None else self.accelerator.prepare_model(step_module)
         self.feed: EqualBlocks | TokenFeed
         if config.tokens is not None:
             sized = cast(SizedSet, data)
@@ -172,6 +188,8 @@ class Trainer:
                 report = stack.enter_context(Reporter(self.folder, start, config.steps, self.quiet))
                 if start:
                     report.say(f"resumed from {self._last_checkpoint}")
+                if self._twin is not None:
+                    report.say(f"weights, averages and optimizer sharded over {self.accelerator.num_processes} processes")
             ahead = Prefetch(self._fetch, start * count, config.steps * count, self.device.type != "cpu")
             batches = stack.enter_context(contextlib.closing(ahead))
             for step in range(start, config.steps):
@@ -197,16 +215,18 @@ class Trainer:
             draws = Draws(config.seed, step, rows, self.feed.total(self.blocks), self.device)
             self._images += len(batch)
             last = micro == config.accumulate - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
+            # Sharded gradients are reduced at once: kept whole until the last micro-batch they would fill the memory.
+            at_once = last or self._twin is not None
+            with contextlib.nullcontext() if at_once else self.accelerator.no_sync(self.step_module):
                 loss, extra = self.step_module(batch, draws)
                 self.accelerator.backward(loss / config.accumulate)
             for name, value in {"loss": loss.detach(), **extra}.items():
                 logs[name] = logs.get(name, torch.zeros((), device=self.device)) + value / config.accumulate
         if self._norms is not None:
-            gradients = [p.grad for p in self.state.parameters.values() if p.grad is not None]
+            gradients = [whole(p.grad) for p in self.state.parameters.values() if p.grad is not None]
             self._norms.append((step, gradient_norm(gradients)))
         clip = config.optimizer.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.state.parameters.values(), clip).detach()
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.state.parameters.values(), clip).detach())
         self._refuse_divergence(step, logs["loss"], norm)
         self.state.update(step, self._rate(step))
         return {**logs, "grad_norm": norm}
@@ -276,16 +296,27 @@ class Trainer:
         )
 
     def _sample(self, done: int) -> None:
-        if self.main and self.sampler is not None:
-            network = self.denoiser.network
-            with self.state.ema.applied(), torch.no_grad():
-                network.eval()
+        with self._averaged() as denoiser, torch.no_grad():
+            if self.main and self.sampler is not None:
                 try:
-                    self.sampler(self.denoiser, done)
+                    self.sampler(denoiser, done)
                 except (OSError, PliantError) as error:  # a missing picture is no reason to stop
                     logger.warning("no samples at step %d: %s; training goes on", done, error)
-                network.train()
         self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[Denoiser]:
+        """A denoiser with the averaged weights in eval mode, to be used on the main process. All processes together."""
+        averages, network = self.state.ema, self.denoiser.network
+        if self._twin is not None:
+            fill(self._twin.eval(), network, averages.averages, self.device if self.main else None)
+            yield replace(self.denoiser, network=cast(Backbone, self._twin), forward=None)
+            drain(self._twin, averages.averages)
+            return
+        with averages.applied():
+            network.eval()
+            yield self.denoiser
+            network.train()
 
     # State --------------------------------------------------------------------------------------------------
 
@@ -318,11 +349,14 @@ class Trainer:
         """Save. A full disk leaves the run going and the earlier checkpoint valid, except at the very end."""
         if not self.state.is_finite():
             self._stop_diverged(done - 1, self._last_loss, math.nan)
+        if not self.main and self._twin is None:
+            return
+        state = self.state.capture(done, keep=self.main)
         if not self.main:
             return
         self._write_norms()
         try:
-            self._last_checkpoint = save_checkpoint(self.folder, self.state.capture(done), self.config.checkpoint.keep)
+            self._last_checkpoint = save_checkpoint(self.folder, state, self.config.checkpoint.keep)
         except OSError as error:
             name = checkpoint_path(self.folder, done).name
             message = f"could not write {name} ({error.strerror or error}); {self._good_checkpoint()}"
@@ -353,13 +387,18 @@ class Trainer:
         from pliant.formats import native
 
         self.accelerator.wait_for_everyone()
-        self.state.ema.copy_to_parameters()
-        merge_low_rank(self.denoiser.network)
-        if isinstance(self.denoiser.network, FlexibleTransformer):
-            self.denoiser.network.projector = None  # it served training only
-        network, config = self.denoiser.network.eval(), self.config
-        metadata = {**self.denoiser.metadata, "training": {"config": config.to_dict(), "steps": config.steps}}
-        result = replace(self.denoiser, metadata=metadata)
+        denoiser = self.denoiser
+        if self._twin is None:
+            self.state.ema.copy_to_parameters()
+        else:
+            fill(self._twin, denoiser.network, self.state.ema.averages, torch.device("cpu"))
+            denoiser = replace(denoiser, network=cast(Backbone, self._twin), forward=None)
+        network, config = denoiser.network.eval(), self.config
+        merge_low_rank(network)
+        if isinstance(network, FlexibleTransformer):
+            network.projector = None  # it served training only
+        metadata = {**denoiser.metadata, "training": {"config": config.to_dict(), "steps": config.steps}}
+        result = replace(denoiser, metadata=metadata)
         target = self.folder / "model"
         if self.main:
             try:
