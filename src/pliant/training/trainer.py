@@ -189,7 +189,7 @@ class Trainer:
                 if start:
                     report.say(f"resumed from {self._last_checkpoint}")
                 if self._twin is not None:
-                    report.say(f"weights, averages and optimizer sharded over {self.accelerator.num_processes} processes")
+                    report.say(f"sharded over {self.accelerator.num_processes} processes")
             ahead = Prefetch(self._fetch, start * count, config.steps * count, self.device.type != "cpu")
             batches = stack.enter_context(contextlib.closing(ahead))
             for step in range(start, config.steps):
