@@ -23,6 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from pliant.planning.openings import INTERVALS, guided_part, most
 from pliant.planning.plan_space import CACHES
 from pliant.planning.task import Task
 
-LOOSE = ("output", "device", "budgets", "techniques", "smoke", "baseline")
-"""Options that may change when a run is resumed."""
+LOOSE = ("output", "device", "budgets", "techniques", "without", "again", "auto_evaluations", "smoke", "baseline")
+"""Options that may change when a run is resumed; a row of `auto` says how many plans it measured."""
 SETS = 3
 FIRST_SEED = 2_000_000
 """Of the sets that rows are measured on: planners confirm their finalists on seeds from 1,000,000."""
@@ -71,6 +72,8 @@ class Bench:
         done = json.loads(self.output.read_text()) if self.output.exists() else {}
         if {k: (done.get("settings") or {}).get(k) for k in settings} != settings:
             done = {"settings": settings, "metric": self.tune.name, "rows": {}}
+        redone = [f"{b:g}: {name}" for b in args.budgets for name in args.again]
+        done["rows"] = {k: r for k, r in done["rows"].items() if k not in redone}
         self.done: dict[str, Any] = done
         self.rows: dict[str, Row] = done["rows"]
 
@@ -117,23 +120,30 @@ class Bench:
         def interval(i: tuple[float, float]) -> Callable[[int], Plan]:
             return lambda n: guided_part(Plan.uniform(model, n, guidance=cfg), *i)
 
+        def scaled(factor: float) -> Callable[[int], Plan]:
+            further = None if cfg is None else replace(cfg, scale=1.0 + factor * (cfg.scale - 1.0))
+            return lambda n: Plan.uniform(model, n, guidance=further)
+
         def cached(c: dict[str, Any]) -> Callable[[int], Plan]:
             return lambda n: Plan.uniform(model, n, guidance=cfg).cached(model, **c)
 
         found = {f"fewer steps, {s}": best_of([uniform(s)]) for s in SOLVERS}
         if cfg is not None:
             found["guidance interval"] = best_of([interval(i) for i in INTERVALS])
+            found["guidance scale"] = best_of([scaled(f) for f in (1.0, 2.0, 4.0, 8.0)])
         found["best cache preset"] = best_of([cached(c) for c in CACHES])
         found.update({name: direct(name) for name in DIRECT if name in PLANNERS})
         found.update({name: searched(name, self.args.evaluations, finalists=3) for name in SEARCHED if name in PLANNERS})
 
         def auto() -> tuple[Plan, int]:
-            starts = [Plan.from_dict(r["plan"]) for k, r in self.rows.items() if r.get("plan") and r["budget"] == budget]
+            others = [r for r in self.rows.values() if r["budget"] == budget and not r["technique"].startswith("auto")]
+            starts = [Plan.from_dict(r["plan"]) for r in others if r.get("plan")]
             return searched("auto", self.args.auto_evaluations, starts=starts)()
 
         found["auto"] = auto
-        wanted = self.args.techniques
-        return {k: v for k, v in found.items() if not wanted or k == "auto" or any(w in k for w in wanted)}
+        wanted, unwanted = self.args.techniques, self.args.without
+        found = {k: v for k, v in found.items() if not wanted or any(w in k for w in wanted)}
+        return {k: v for k, v in found.items() if not any(w in k for w in unwanted)}
 
     def plan(self, budget: float, name: str, choose: Callable[[], tuple[Plan, int]]) -> Row:
         """The row with its plan, chosen now unless it is there."""
@@ -291,7 +301,9 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=48, help="of every searching technique")
     parser.add_argument("--auto-evaluations", type=int, default=120)
     parser.add_argument("--seconds", type=float, help="at most so long per search")
-    parser.add_argument("--techniques", nargs="*", help="only those whose names contain one of these words, and auto")
+    parser.add_argument("--techniques", nargs="*", help="only those whose names contain one of these words")
+    parser.add_argument("--without", nargs="*", default=[], help="not those whose names contain one of these words")
+    parser.add_argument("--again", nargs="*", default=[], help="techniques, by their whole names, to plan anew")
     parser.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="tiny numbers: only to see that it runs")
@@ -299,7 +311,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.num, args.tune, args.evaluations, args.auto_evaluations, args.steps = 20, 20, 3, 45, 20
-        args.budgets, args.techniques = [0.1], args.techniques or ["dpmpp-2m", "weak-split", "interval", "s3"]
+        args.budgets, args.techniques = [0.1], args.techniques or ["dpmpp-2m", "weak-split", "interval", "s3", "auto"]
         args.output = "/tmp/planners-smoke.json"
         Path(args.output).unlink(missing_ok=True)
 

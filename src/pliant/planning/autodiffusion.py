@@ -6,25 +6,20 @@ budget is in FLOPs, where the published one is in layers: what skipping saves bu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path as FilePath
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 from pliant.compute import Compute
 from pliant.compute.sites import format_sites
-from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.planning.evolution import Genes, Rules, evolve
 from pliant.planning.genes import Record, Steps
-from pliant.planning.objective import Objective
-from pliant.planning.proxies import SampleError
-from pliant.planning.racing import Effort, cheaper, journal_of, search_plans
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.racing import cheaper, journal_of, search_plans
+from pliant.planning.request import Request, search_planner
+from pliant.planning.result import PlanResult
 from pliant.planning.s3 import grids_of
-from pliant.planning.task import Task
-from pliant.planning.teacher import TeacherSettings
-from pliant.plans import Budget, Plan, Step
+from pliant.plans import Plan, Step
 from pliant.plans.plan import made_for
 from pliant.solvers import SolverLike, get_solver
 
@@ -59,20 +54,10 @@ class Skipped:
         return "".join("K" if k in skipped else "R" for k in range(self.sites))
 
 
+@search_planner(evaluations=120)
 def autodiffusion(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    evaluations: int = 120,
-    seconds: float | None = None,
-    journal: str | FilePath | None = None,
-    finalists: int = 6,
-    num: int | None = None,
     solver: SolverLike = "dpmpp-2m",
     most_skipped: float = 0.25,
 ) -> PlanResult:
@@ -84,12 +69,9 @@ def autodiffusion(
     if not 0.0 <= most_skipped < 1.0:
         raise PlanError(f"most_skipped is {most_skipped!r}; expected a share of the layers, at least 0 and below 1")
     chosen = get_solver(solver)
-    task = Task.begin(
-        "autodiffusion", model, budget, objective, steps, guidance, seed, progress,
-        solver=chosen.to_config(), most_skipped=most_skipped,
-    )  # fmt: skip
-    effort = Effort(evaluations, seconds, journal, finalists, num)
-    judge = objective or SampleError(model, TeacherSettings(guidance=guidance), range(seed * 1000, seed * 1000 + 32))
+    task = request.task("autodiffusion", solver=chosen.to_config(), most_skipped=most_skipped)
+    model, effort = request.model, request.effort
+    judge = request.objective or request.sample_error()
     sites = 2 * model.shape().depth
     limit = int(most_skipped * sites)
     count = task.most_steps(solver)
@@ -133,22 +115,19 @@ def autodiffusion(
     try:
         first = [[{"t": t, "sites": full} for t in grid] for grid in grids]
         times_only = Steps(Record({"sites": Skipped(sites, 0)}), count, count, start, end, grids=grids)
-        cheap = cheaper(judge, num)
+        cheap = cheaper(judge, effort.num)
         early = evolve(
             Genes(times_only, mend),
             lambda rows: cheap(decode(rows)),
-            max(1, int(TIMES_SHARE * evaluations)),
-            seconds=None if seconds is None else TIMES_SHARE * seconds,
-            seed=seed,
+            max(1, int(TIMES_SHARE * effort.evaluations)),
+            seconds=None if effort.seconds is None else TIMES_SHARE * effort.seconds,
+            seed=request.seed,
             initial=first,
             rules=RULES,
             journal=with_own,
-            progress=progress,
+            progress=request.progress,
         )
-        if not limit:
-            late = Effort(len(early.history), seconds, None, finalists, num)
-        else:
-            late = Effort(max(1, evaluations - len(early.history)), seconds, None, finalists, num)
+        rest = max(1, effort.evaluations - len(early.history)) if limit else len(early.history)
         gene = Steps(Record({"sites": Skipped(sites, limit)}), max(1, count - 1), room, start, end, grids=grids)
         best = [e.candidate for e in early.ranked[: RULES.parents]]
         return search_plans(
@@ -156,8 +135,8 @@ def autodiffusion(
             judge,
             Genes(gene if limit else times_only, mend),
             decode,
-            late,
-            seed=seed + 1,
+            replace(effort, evaluations=rest, journal=None),
+            seed=request.seed + 1,
             initial=best,
             rules=RULES,
             journal=with_own,

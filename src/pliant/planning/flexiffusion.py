@@ -7,21 +7,19 @@ simply not there: the solver jumps over them. Judged by the distance to the teac
 
 from __future__ import annotations
 
-from pathlib import Path as FilePath
 from random import Random
 from typing import Any
 
 from pliant.compute import Compute, Reuse
 from pliant.compute.sites import format_sites
-from pliant.denoiser import Denoiser
 from pliant.planning.evolution import Genes, Rules
 from pliant.planning.genes import Integer, Listed, Record
-from pliant.planning.objective import Objective
-from pliant.planning.racing import Effort, search_plans
+from pliant.planning.racing import search_plans
 from pliant.planning.relative import RelativeObjective
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.request import Request, search_planner
+from pliant.planning.result import PlanResult
 from pliant.planning.task import Task
-from pliant.plans import Budget, Plan, Step
+from pliant.plans import Plan, Step
 from pliant.plans.plan import made_for
 from pliant.solvers import SolverLike, get_solver
 
@@ -89,20 +87,10 @@ def segment_plan(task: Task, value: dict[str, Any], solver: SolverLike = "dpmpp-
     return plan
 
 
+@search_planner(evaluations=120)
 def flexiffusion(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    evaluations: int = 120,
-    seconds: float | None = None,
-    journal: str | FilePath | None = None,
-    finalists: int = 6,
-    num: int | None = None,
     solver: SolverLike = "dpmpp-2m",
 ) -> PlanResult:
     """Segments within the budget.
@@ -111,13 +99,10 @@ def flexiffusion(
     for a trained extractor's, give `RelativeObjective(model, full, extractor)`.
     """
     chosen = get_solver(solver)
-    task = Task.begin(
-        "flexiffusion", model, budget, objective, steps, guidance, seed, progress, solver=chosen.to_config()
-    )
-    effort = Effort(evaluations, seconds, journal, finalists, num)
-    judge = objective or RelativeObjective(model, task.full())
-    most = min(task.most_steps(chosen), steps)
-    depth = model.shape().depth
+    task = request.task("flexiffusion", solver=chosen.to_config())
+    judge = request.objective or RelativeObjective(task.model, task.full())
+    most = min(task.most_steps(chosen), task.steps)
+    depth = task.model.shape().depth
     space = Segments(max(1, most // 3), most, max(1, (depth - 1) // 2), LONGEST)
 
     def mend(value: dict[str, Any], rng: Random) -> dict[str, Any] | None:
@@ -146,8 +131,8 @@ def flexiffusion(
         judge,
         Genes(space, mend),
         lambda value: segment_plan(task, value, chosen),
-        effort,
-        seed=seed,
+        request.effort,
+        seed=request.seed,
         initial=initial,
         rules=RULES,
     )

@@ -231,14 +231,18 @@ def _move(steps: Steps, end: float, menu: Menu, rng: Random) -> Steps:
     return [replace(s, t=t) for s, t in zip(steps, times, strict=False)]
 
 
-def _warp(steps: Steps, end: float, menu: Menu, rng: Random) -> Steps:
-    """All times shifted towards noise or data, as by resolution (SD3's shift)."""
-    first, shift = steps[0].t, 2.0 ** rng.gauss(0.0, 0.5)
-    span = first - end
+def warped(steps: Steps, end: float, shift: float) -> Steps:
+    """All times shifted towards noise (shift > 1) or data, as by resolution (SD3's shift). The first stays."""
+    span = steps[0].t - end
     shares = [(s.t - end) / span for s in steps]
     return [
-        replace(s, t=end + span * (shift * u / (1.0 + (shift - 1.0) * u))) for s, u in zip(steps, shares, strict=True)
+        replace(s, t=end + span * (shift * u / (1.0 + (shift - 1.0) * u))) if u < 1.0 else s
+        for s, u in zip(steps, shares, strict=True)
     ]
+
+
+def _warp(steps: Steps, end: float, menu: Menu, rng: Random) -> Steps:
+    return warped(steps, end, 2.0 ** rng.gauss(0.0, 0.5))
 
 
 def _insert(steps: Steps, end: float, menu: Menu, rng: Random) -> Steps:

@@ -6,6 +6,7 @@ on all of the objective's samples; the best of those on seeds that nobody has se
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -24,8 +25,6 @@ from pliant.plans import Plan
 SEARCH_SHARE = 0.7
 """Of the time: for the search; the rest is for finalists."""
 RULES = Rules()
-IMPROVED = 4
-"""Finalists that `improve` is tried on."""
 RACED = 3
 """Finalists that are measured on fresh seeds."""
 
@@ -91,16 +90,17 @@ def search_plans(
     screen: Screen | None = None,
     journal: Journal | None = None,
     spent: float = 0.0,
-    improve: Callable[[Plan], Plan | None] | None = None,
+    improve: Callable[[Sequence[Plan], Recalled], Iterable[Plan]] | None = None,
+    cheap: Objective | None = None,
 ) -> PlanResult:
     """The three rungs. decode: candidate -> plan within the budget; keep: plans that are finalists in any case.
 
-    improve: a plan that costs no more and is hoped to be better, tried on the first few finalists; None: there is none.
-    spent: seconds of the effort that are gone already. What comes back was chosen on fresh seeds, if the objective has
-    any; `quality` is then what was measured there.
+    improve: (finalists, the full measure) -> more finalists, hoped to be better. cheap: the cheap measure, where one
+    with a memory is there already. spent: seconds of the effort that are gone already. What comes back was chosen on
+    fresh seeds, if the objective has any; `quality` is then what was measured there.
     """
     own = journal or journal_of(task, effort)
-    cheap = cheaper(objective, effort.num)
+    cheap = cheap or cheaper(objective, effort.num)
     try:
         evolved = evolve(
             space,
@@ -115,9 +115,10 @@ def search_plans(
             progress=task.progress,
         )
         plans = finalists(evolved, decode, effort, cheap, objective, keep)
-        if improve is not None:
-            plans += _improved(plans, improve, task, own)
         full = Recalled(objective, own)
+        if improve is not None:
+            more = {p.digest(): p for p in improve(plans, full) if task.fits(p)}
+            plans += [p for d, p in more.items() if d not in {p.digest() for p in plans}]
         tried = [Candidate(plan, plan.cost(task.model), full(plan)) for plan in plans]
         task.tried.extend(tried)
         task.objective = objective
@@ -162,25 +163,6 @@ def finalists(
     return list(plans.values())
 
 
-def _improved(
-    plans: Sequence[Plan], improve: Callable[[Plan], Plan | None], task: Task, journal: Journal
-) -> list[Plan]:
-    """What `improve` makes of the first few, if it keeps to the budget and is not there already."""
-    known, found = {p.digest() for p in plans}, []
-    for plan in plans[:IMPROVED]:
-
-        def made(plan: Plan = plan) -> Any:
-            better = improve(plan)
-            return None if better is None else better.to_dict()
-
-        data = journal.noted(f"improved {plan.digest()}", made)
-        better = None if data is None else Plan.from_dict(data)
-        if better is not None and better.digest() not in known and task.fits(better):
-            known.add(better.digest())
-            found.append(better)
-    return found
-
-
 def _ratio(objective: Objective, cheap: Objective) -> float:
     if isinstance(objective, FrechetObjective) and isinstance(cheap, FrechetObjective):
         return objective.num / cheap.num
@@ -188,10 +170,19 @@ def _ratio(objective: Objective, cheap: Objective) -> float:
 
 
 class Recalled:
-    """An objective that looks in a journal first: what an interrupted search measured is not measured again."""
+    """An objective that looks in a journal first: what an interrupted search measured is not measured again.
+
+    plans, seconds: how many it was asked for, and what they took, also where an earlier run measured them.
+    """
 
     def __init__(self, objective: Objective, journal: Journal) -> None:
         self.objective, self.journal = objective, journal
+        self.seconds = 0.0
+        self._asked: set[str] = set()
+
+    @property
+    def plans(self) -> int:
+        return len(self._asked)
 
     @property
     def name(self) -> str:
@@ -204,7 +195,12 @@ class Recalled:
         key = {"plan": plan.digest(), "by": self.describe()}
         entry = self.journal.get(key)
         if entry is None or entry.score is None:
-            entry = self.journal.add(key, self.objective(plan), 0.0)
+            begun = time.perf_counter()
+            score = self.objective(plan)
+            entry = self.journal.add(key, score, time.perf_counter() - begun)
+        if plan.digest() not in self._asked:
+            self._asked.add(plan.digest())
+            self.seconds += entry.seconds
         assert entry.score is not None
         return entry.score
 

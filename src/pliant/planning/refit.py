@@ -6,6 +6,7 @@ calls do to the trajectory, and leaves what guidance was chosen to do. (`least_s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pliant.compute import Compute
@@ -15,20 +16,42 @@ from pliant.guidance import Guidance
 from pliant.planning.field import Mode, ModelField
 from pliant.planning.least_squares import fit_rows
 from pliant.planning.searching import planner_seeds
-from pliant.planning.teacher import labels_of, teacher_trajectories
+from pliant.planning.teacher import Trajectories, labels_of, teacher_trajectories
 from pliant.plans import Plan, Step
 from pliant.solvers import get_solver, nodes_of
 
 FINE, SAMPLES, RIDGE = 60, 32, 1e-5
 
 
+class Teachers:
+    """Teacher trajectories by plan and seeds: structures that guide alike share one. The newest few are kept."""
+
+    def __init__(self, keep: int = 4) -> None:
+        self.keep = keep
+        self._known: dict[tuple[str, tuple[int, ...]], Trajectories] = {}
+
+    def __call__(self, model: Denoiser, plan: Plan, seeds: Sequence[int]) -> Trajectories:
+        key = (plan.digest(), tuple(seeds))
+        found = self._known.pop(key, None)
+        self._known[key] = teacher_trajectories(model, plan, seeds) if found is None else found
+        while len(self._known) > self.keep:
+            del self._known[next(iter(self._known))]
+        return self._known[key]
+
+
 def refitted(
-    model: Denoiser, plan: Plan, seed: int = 0, samples: int = SAMPLES, ridge: float = RIDGE, fine: int = FINE
+    model: Denoiser,
+    plan: Plan,
+    seed: int = 0,
+    samples: int = SAMPLES,
+    ridge: float = RIDGE,
+    fine: int = FINE,
+    teachers: Callable[[Denoiser, Plan, Sequence[int]], Trajectories] = teacher_trajectories,
 ) -> Plan | None:
     """The plan with a fitted row for every step, at the same cost.
 
     None for plans whose calls depend on earlier ones (caches, remembered references), whose solvers evaluate more than
-    once per step, or that cannot be fitted.
+    once per step, or that cannot be fitted. teachers: `Teachers`, to run a teacher once for many plans.
     """
     if any(s.solver.evaluations_per_step != 1 or not s.compute.plain for s in plan.steps):
         return None
@@ -38,7 +61,7 @@ def refitted(
     which = [modes.index(Mode(s.compute, s.guidance)) for s in plan.steps]
     try:
         field = ModelField(model, plan.times, labels.tolist(), modes)
-        teacher = teacher_trajectories(model, teacher_of(model, plan, fine), seeds)
+        teacher = teachers(model, teacher_of(model, plan, fine), seeds)
         nodes = nodes_of(model.path, plan.times)
         found = fit_rows(
             lambda x, place: field.output(x, place, which[place]),
@@ -55,6 +78,16 @@ def refitted(
     except PliantError:
         return None
     return fitted
+
+
+class Fitter:
+    """`refitted` for one model and seed, with teachers that are kept."""
+
+    def __init__(self, model: Denoiser, seed: int, samples: int = SAMPLES, fine: int = FINE) -> None:
+        self.model, self.seed, self.samples, self.fine, self._teachers = model, seed, samples, fine, Teachers()
+
+    def __call__(self, plan: Plan) -> Plan | None:
+        return refitted(self.model, plan, self.seed, self.samples, fine=self.fine, teachers=self._teachers)
 
 
 def teacher_of(model: Denoiser, plan: Plan, fine: int = FINE) -> Plan:

@@ -7,22 +7,18 @@ and its own time. Compute and guidance are those of the all-powerful plan: only 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path as FilePath
 from random import Random
 from typing import Any
 
-from pliant.denoiser import Denoiser
 from pliant.paths import Path
 from pliant.planning.evolution import Evaluated, Genes, Predict, Rules
 from pliant.planning.genes import Categorical, Real, Record, Steps
-from pliant.planning.objective import Objective
 from pliant.planning.predictor import fit_ranker
-from pliant.planning.proxies import SampleError
-from pliant.planning.racing import Effort, search_plans
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.racing import search_plans
+from pliant.planning.request import Request, search_planner
+from pliant.planning.result import PlanResult
 from pliant.planning.task import Task
-from pliant.planning.teacher import TeacherSettings
-from pliant.plans import Budget, Plan, Step
+from pliant.plans import Plan, Step
 from pliant.plans.plan import made_for
 from pliant.solvers import USF
 
@@ -107,29 +103,18 @@ def features_of(path: Path, rows: Sequence[dict[str, Any]]) -> list[list[float]]
     return out
 
 
+@search_planner(evaluations=120)
 def s3(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-    evaluations: int = 120,
-    seconds: float | None = None,
-    journal: str | FilePath | None = None,
-    finalists: int = 6,
-    num: int | None = None,
     predictor: bool = True,
 ) -> PlanResult:
     """As many full steps as the budget pays for, each with its own solver decisions.
 
     objective: None for the error to a converged teacher's samples. predictor: screen candidates by a ranking network.
     """
-    task = Task.begin("s3", model, budget, objective, steps, guidance, seed, progress, predictor=predictor)
-    effort = Effort(evaluations, seconds, journal, finalists, num)
-    judge = objective or SampleError(model, TeacherSettings(guidance=guidance), range(seed * 1000, seed * 1000 + 32))
+    task, model, seed = request.task("s3", predictor=predictor), request.model, request.seed
+    judge = request.objective or request.sample_error()
     count = task.most_steps()
     base = task.uniform(count)
 
@@ -159,7 +144,7 @@ def s3(
         judge,
         Genes(gene),
         decode,
-        effort,
+        request.effort,
         seed=seed,
         initial=initial,
         rules=rules,
