@@ -57,7 +57,7 @@ def test_only_knobs_that_change_something_are_turned():
 
 
 def test_the_pattern_search_finds_a_planted_optimum_and_keeps_to_its_trials():
-    """Best at scale 4.5 (2.81 powers of two from 1.5), times shifted by 2^-.5: found to a quarter power in 24 trials."""
+    """Best at scale 4.5 (2.81 powers of two from 1.5), times shifted by 2^-.5: to a quarter power in 24 trials."""
     plan = Plan.uniform(MODEL, 5, guidance=1.5)
     wanted = turned(plan, Knobs(scale=math.log2(7.0), warp=-0.5))
 
