@@ -130,7 +130,7 @@ class Bench:
         found = {f"fewer steps, {s}": best_of([uniform(s)]) for s in SOLVERS}
         if cfg is not None:
             found["guidance interval"] = best_of([interval(i) for i in INTERVALS])
-            found["guidance scale"] = best_of([scaled(f) for f in (1.0, 2.0, 4.0, 8.0)])
+            found["guidance scale"] = best_of([scaled(f) for f in (1.0, 2.0, 4.0, 8.0, 16.0)])
         found["best cache preset"] = best_of([cached(c) for c in CACHES])
         found.update({name: direct(name) for name in DIRECT if name in PLANNERS})
         found.update({name: searched(name, self.args.evaluations, finalists=3) for name in SEARCHED if name in PLANNERS})
@@ -142,8 +142,8 @@ class Bench:
 
         found["auto"] = auto
         wanted, unwanted = self.args.techniques, self.args.without
-        found = {k: v for k, v in found.items() if not wanted or any(w in k for w in wanted)}
-        return {k: v for k, v in found.items() if not any(w in k for w in unwanted)}
+        found = {k: v for k, v in found.items() if not wanted or any(named(k, w) for w in wanted)}
+        return {k: v for k, v in found.items() if not any(named(k, w) for w in unwanted)}
 
     def plan(self, budget: float, name: str, choose: Callable[[], tuple[Plan, int]]) -> Row:
         """The row with its plan, chosen now unless it is there."""
@@ -201,6 +201,11 @@ class Bench:
             self.features(best, k)
             scores.append(self.sets[k].difference(plan, best))
         return pooled(scores)
+
+
+def named(technique: str, word: str) -> bool:
+    """Whether a word means a technique: a part of its name, "auto" only itself."""
+    return word == technique if word == "auto" else word in technique
 
 
 def pooled(scores: list[Score]) -> Score:
@@ -301,7 +306,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=48, help="of every searching technique")
     parser.add_argument("--auto-evaluations", type=int, default=120)
     parser.add_argument("--seconds", type=float, help="at most so long per search")
-    parser.add_argument("--techniques", nargs="*", help="only those whose names contain one of these words")
+    parser.add_argument("--techniques", nargs="*", help="only those with one of these words in their names; auto is one")
     parser.add_argument("--without", nargs="*", default=[], help="not those whose names contain one of these words")
     parser.add_argument("--again", nargs="*", default=[], help="techniques, by their whole names, to plan anew")
     parser.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True)

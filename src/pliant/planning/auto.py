@@ -170,7 +170,8 @@ class _Search:
         """The starts, and about `room` plans more: closed forms, and starts, with guidance as far as it should go."""
         cfg = self.task.cfg
         closed = openings(self.task, self.menu(cfg), room)
-        guided = next((p for p in [*ranked, *closed] if any(s.guidance is not None for s in p.steps)), None)
+        mostly = [p for p in [*ranked, *closed] if 2 * sum(s.guidance is not None for s in p.steps) >= len(p.steps)]
+        guided = mostly[0] if mostly else None
         if cfg is None or guided is None or not self.knobs:
             return [*ranked, *closed], cfg
         _, answer = pattern_search(guided, turned, self.measure, FURTHER, least=1.0, names=("scale",))

@@ -109,8 +109,14 @@ def known(
     found = ready(task)
     if found is not None:
         return replace(found, plan=measured_against(found.plan, task.full(), model))
+    return closed_form(task)
+
+
+def closed_form(task: Task) -> PlanResult:
+    """Weak steps first where the model has weak steps, else fewer steps: nothing is sampled, nothing is looked up."""
+    model, steps = task.model, task.steps
     if len(model.patch_sizes) > 1:
-        return PLANNERS["weak-split"](model, budget, steps=steps, guidance=guidance)
+        return PLANNERS["weak-split"](model, task.budget, steps=steps, guidance=task.guidance)
     task.consider(task.uniform(min(steps, task.most_steps())))
     return task.finish()
 
