@@ -4,8 +4,8 @@
         [--clock wall|process] [--table FOLDER] [--json predicted.json] [--budgets]
 
 The table is the one of `pliant bench` (measured here first, or read from FOLDER, which keeps it). Measured: the median
-of several whole runs of a prepared sampler, from labels and seeds to final states. Gated caches are frozen first: what
-a gate decides is not known before. DiT-S/2 and CIFAR (width 256, depth 8, 32x32 pixels, patch 2) are untrained, with
+of several whole runs of a prepared sampler, from labels and seeds to final states, plans taking turns. Gated caches are
+frozen first: what a gate decides is not known before. DiT-S/2 and CIFAR (width 256, depth 8, 32x32 pixels, patch 2) are untrained, with
 weights of normal size everywhere. `--budgets`: plans made for "X s", run, compared with X.
 """
 
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,14 @@ from pliant import Compute, Denoiser
 from pliant.adapters.flexify import flexify
 from pliant.guidance import Guidance
 from pliant.paths import NetworkTime, get_path
-from pliant.plans import Plan, Sampler
+from pliant.planning.measuring import seconds_in_turns
+from pliant.plans import Plan
 from pliant.plans.guiding import guided_between
 from pliant.plans.timing import Prices, Throughput
 from pliant.plans.timing.measure import default_computes, measure
 
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)
+"""Of the predicted seconds of full compute: the budgets asked for."""
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
@@ -94,18 +97,6 @@ def plans(model: Denoiser, steps: int, precision: str) -> Iterator[tuple[str, Pl
         yield f"{name}, frozen", gated.freeze(model, [0, 1])
 
 
-def measured_seconds(model: Denoiser, plan: Plan, batch: int, rounds: int, clock: Callable[[], float]) -> float:
-    """Median of whole runs of a prepared sampler, from labels to the final state; the first is not counted."""
-    sampler = Sampler(model, plan)
-    labels, seeds = [i % model.num_classes for i in range(batch)], list(range(batch))
-    found = []
-    for _ in range(rounds + 1):
-        start = clock()
-        sampler(labels, seeds)
-        found.append(clock() - start)
-    return statistics.median(found[1:])
-
-
 def table_of(model: Denoiser, name: str, precisions: list[str], clock: str, folder: str | None) -> Throughput:
     file = None if folder is None else Path(folder) / f"{name.replace('/', '-')}-{clock}.json"
     if file is not None and file.exists():
@@ -132,19 +123,30 @@ def summary(errors: list[float]) -> str:
 def budgets(model: Denoiser, table: Throughput, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Plans made for seconds, run, compared."""
     from pliant.plans import Budget
+    from pliant.plans.budget import seconds_text
 
     rows = []
     for batch in args.batch:
         prices = Prices(table, model, batch)
         full = prices.plan(Plan.uniform(model, args.steps, guidance=2.0)).seconds
-        for share in (0.9, 0.7, 0.5):
-            wanted = float(f"{share * full:.3g}")
-            budget = Budget(seconds=wanted, batch=batch, throughput=table)
-            plan = Plan.weak_to_powerful(model, args.steps, budget, guidance=2.0)
-            took = measured_seconds(model, plan, batch, args.rounds, CLOCKS[args.clock])
-            expected = prices.plan(plan).seconds
-            rows.append({"batch": batch, "budget": wanted, "predicted": expected, "took": took, "of": took / wanted})
-            print(f"  budget {wanted:.3g} s for {batch}: predicted {expected:.3g}, took {took:.3g} ({took / wanted:.1%})")
+        wanted = [float(f"{share * full:.3g}") for share in SHARES]
+        made = {
+            seconds: Plan.weak_to_powerful(
+                model, args.steps, Budget(seconds=seconds, batch=batch, throughput=table), guidance=2.0
+            )
+            for seconds in wanted
+        }
+        taken = seconds_in_turns(model, list(made.values()), batch, args.rounds, clock=CLOCKS[args.clock])
+        for seconds, plan in made.items():
+            took, expected = batch * taken[plan.digest()], prices.plan(plan).seconds
+            # The budget is used up to what one weak step less would take.
+            left = (full - prices.plan(made[wanted[-1]]).seconds) / max(1, made[wanted[-1]].provenance["weak_steps"])
+            facts = {"predicted": expected, "took": took, "of": took / seconds, "one_step": left / seconds}
+            rows.append({"batch": batch, "budget": seconds, **facts})
+            print(
+                f"  budget {seconds_text(seconds)} for {batch}: predicted {seconds_text(expected)}, took "
+                f"{seconds_text(took)} ({took / seconds:.1%} of the budget; a weak step more or less: {left / seconds:.1%})"
+            )
     return rows
 
 
@@ -171,19 +173,21 @@ def main() -> None:
             continue
         errors: list[float] = []
         for precision in args.precision:
-            for label, plan in plans(model, args.steps, precision):
-                for batch in args.batch:
-                    expected = Prices(table, model, batch).plan(plan).seconds
-                    took = measured_seconds(model, plan, batch, args.rounds, CLOCKS[args.clock])
-                    error = expected / took - 1
-                    errors.append(error)
+            made = dict(plans(model, args.steps, precision))
+            for batch in args.batch:
+                prices = Prices(table, model, batch)
+                taken = seconds_in_turns(model, list(made.values()), batch, args.rounds, clock=CLOCKS[args.clock])
+                for label, plan in made.items():
+                    expected, took = prices.plan(plan).seconds, batch * taken[plan.digest()]
+                    errors.append(expected / took - 1)
                     row = {"model": name, "plan": label, "precision": precision, "batch": batch}
                     report["rows"].append({**row, "predicted": expected, "took": took})
                     print(
                         f"  {label:22s} {precision} batch {batch}: predicted {1e3 * expected:8.1f} ms, took "
-                        f"{1e3 * took:8.1f} ms, {error:+.1%}",
+                        f"{1e3 * took:8.1f} ms, {errors[-1]:+.1%}",
                         flush=True,
                     )
+                print(f"{name}, {precision}, batch {batch}: {summary(errors[-len(made) :])}", flush=True)
         print(f"{name}: {summary(errors)}\n", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

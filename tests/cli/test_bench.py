@@ -11,12 +11,13 @@ import pliant
 from pliant.plans import Plan
 from pliant.plans.timing import Prices, Throughput, cache_file
 from support.cli import Run, refused
-from support.throughput import foreign, synthetic_table
+from support.throughput import PIECES, foreign, synthetic_table
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PLIANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pliant.plans.timing.measure.ROWS", (1, 2))
     return tmp_path / "cache"
 
 
@@ -56,6 +57,30 @@ def test_budgets_in_seconds(flexible: Path, run: Run, tmp_path: Path) -> None:
     assert Plan.from_dict(four["plan"]).provenance["weak_steps"] == plan.provenance["weak_steps"]
     pinned = run("plan", flexible, "--budget", f"{600 * full:.4g} ms", "--steps", 10, "--precision", "bf16", "--json")
     assert {s.compute.precision for s in Plan.from_dict(pinned.json["plan"]).steps} == {"bf16"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--cache", "fora:interval=2"], ["--guide", "interval"], ["--guide", "every:period=2", "--cache", "tome"]],
+)
+def test_a_budget_counts_what_the_final_plan_does(flexible: Path, run: Run, options: list[str]) -> None:
+    """Caches and cheaper guidance are priced before the budget is met, so that it is used up, and kept where they cost
+    more than they save."""
+    model = pliant.load(flexible)
+    synthetic_table(model, pieces={**PIECES, "merge": 4e-3}).save(cache_file(model))
+    asked = ["plan", flexible, "--steps", 20, "--guidance", 2, *options, "--json"]
+
+    def seconds(weak: int) -> float:
+        return run(*asked, "--weak-steps", weak).json["cost"]["batch"]["seconds"]
+
+    wanted = (seconds(0) + seconds(20)) / 2
+    done = run(*asked, "--budget", f"{1e3 * wanted:.6g} ms").json
+    plan = Plan.from_dict(done["plan"])
+    weak = plan.provenance["weak_steps"]
+    spent = done["cost"]["batch"]["seconds"]
+    assert 0 < weak < 20 and spent <= wanted * 1.001
+    assert seconds(weak - 1) > wanted or seconds(weak - 2) > wanted  # reused steps cost the same at any patch size
+
 
 
 def test_a_first_budget_in_seconds_measures(flexible: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

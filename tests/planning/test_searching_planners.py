@@ -23,8 +23,11 @@ from pliant.planning.racing import cheaper
 from pliant.planning.relative import PooledFeatures, RelativeObjective
 from pliant.planning.s3 import NAMED, features_of, s3, schedule
 from pliant.planning.task import Task
-from pliant.plans import Plan, sample
+from pliant.plans import Budget, Plan, sample
+from pliant.plans.budget import SLACK
+from pliant.plans.timing.table import network_kind
 from pliant.solvers import compile_program, get_solver, normal_form
+from support.throughput import line, synthetic_table
 
 MODEL = pliant.load("digits")
 FEW = {"solvers": ["dpmpp-2m", "unipc-3"], "caches": False, "fit": False}
@@ -94,6 +97,25 @@ def test_auto_is_never_worse_than_what_it_starts_from():
     judge = Judge(lambda plan: -len(plan.steps))
     found = auto(MODEL, "10%", objective=judge, guidance=1.5, evaluations=20, starts=[dear], **FEW)
     assert share(found.plan) <= 0.1 + 1e-3
+
+
+@pytest.mark.parametrize("fit", [False, True])
+def test_auto_keeps_to_seconds(fit):
+    """A table in which FLOPs mislead: coarse patches take as long as fine ones, further terms of a sum as long as half
+    a call. What is measured, what comes out and all finalists keep to the seconds."""
+    table = synthetic_table(MODEL, (None,), faster=0.9)
+    half = 0.5 * table.networks[network_kind(MODEL, Compute())]["call"].at(1)
+    table = replace(table, outside={**table.outside, "term": line(half)})
+    full = Budget(seconds=1.0, batch=2, throughput=table).spent(Plan.uniform(MODEL, 12, guidance=1.5), MODEL)
+    budget = Budget(seconds=0.3 * full, batch=2, throughput=table)
+    judge = Judge(lambda plan: 100 - len(plan.steps) + 0.01 * len({s.solver.name for s in plan.steps}))
+    options = {"evaluations": 12, "solvers": ["dpmpp-2m", "dpmpp-3m"], "seed": 0, "finalists": 2}
+    found = auto(MODEL, budget, objective=judge, steps=12, guidance=1.5, fit=fit, **options)
+    spent = [budget.spent(plan, MODEL) for plan in [*judge.asked, found.plan, *(c.plan for c in found.frontier)]]
+    assert max(spent) <= (0.3 + SLACK) * full * (1 + 1e-9) and budget.spent(found.plan, MODEL) > 0.2 * full
+    # The same share of FLOPs would have bought plans that take longer.
+    flops = auto(MODEL, "30%", objective=Judge(judge.value), steps=12, guidance=1.5, fit=False, **options)
+    assert budget.spent(flops.plan, MODEL) > max(spent)
 
 
 def test_auto_repeats_itself_and_resumes(tmp_path):

@@ -58,7 +58,9 @@ def test_a_plain_plan_by_hand(make) -> None:
     around = OUTSIDE["step"] + OUTSIDE["update"]
     labels = min(3, model.num_classes)
     assert found.begin == pytest.approx(3 * OUTSIDE["begin"] + 5 * labels * PIECES["table"])
-    assert found.steps == pytest.approx([3 * (CALL + around)] * 5)
+    cold, *warm = found.steps
+    assert warm == pytest.approx([3 * (CALL + around)] * 4)
+    assert cold == pytest.approx(3 * (CALL + around + PIECES["start"]))
     assert found.seconds == found.least == pytest.approx(found.begin + sum(found.steps))
     assert found.preparation == PIECES["prepare"]
 
@@ -72,7 +74,28 @@ def test_guided_calls_have_twice_the_rows_or_a_call_of_their_own(make) -> None:
     split = Plan.uniform(model, 1, "ddim", guidance=Guidance.weak_model(1.5, weak))
     weak_call = PIECES["ends"] + 0.25 * 2 * (PIECES["attention"] + PIECES["mlp"])
     around = OUTSIDE["step"] + OUTSIDE["update"] + OUTSIDE["guided"]
-    assert prices.plan(split).steps[0] == pytest.approx(CALL + weak_call + around)
+    assert prices.plan(split).steps[0] == pytest.approx(CALL + weak_call + around + 2 * PIECES["start"])
+
+
+def test_other_networks_find_the_caches_cold(make) -> None:
+    """A network's first call in a run takes longer, and less so every call after another network's."""
+    model = make()
+    prices = Prices(synthetic_table(model), model)
+    full, weak = Compute(), Compute.of(4)
+
+    def seconds(*computes: Compute) -> list[float]:
+        plan = Plan.uniform(model, len(computes), "ddim")
+        steps = (replace(s, compute=c) for s, c in zip(plan.steps, computes, strict=True))
+        return list(prices.plan(plan.with_steps(steps)).steps)
+
+    a, b = seconds(full, full)[1], seconds(weak, weak)[1]
+    start, switch = PIECES["start"], PIECES["switch"]
+    assert seconds(full, weak, weak, full, weak) == pytest.approx([a + start, b + start, b, a + switch, b + switch])
+    skipping = Compute(sites="R2K2")  # the same network, less of it
+    assert seconds(full, skipping, full)[2] == pytest.approx(a)
+    separate = Plan.uniform(model, 2, "ddim", guidance=Guidance.weak_model(1.5, weak))  # two networks at every step
+    first, second = prices.plan(separate).steps
+    assert first - second == pytest.approx(2 * start - 2 * switch)
 
 
 def test_further_terms_and_noise_cost_more(make) -> None:
@@ -92,9 +115,9 @@ def test_caches_are_priced_as_the_executor_runs_them(make, name, options) -> Non
     prices = Prices(synthetic_table(model), model)
     plan = Plan.uniform(model, 6, "ddim").cached(model, name, **options)
     around = OUTSIDE["step"] + OUTSIDE["update"]
-    for step, seconds in zip(plan.steps, prices.plan(plan).steps, strict=True):
+    for i, (step, seconds) in enumerate(zip(plan.steps, prices.plan(plan).steps, strict=True)):
         compute = step.compute
-        expected = PIECES["ends"] + around
+        expected = PIECES["ends"] + around + (PIECES["start"] if i == 0 else 0.0)
         letters = "R" * 8 if compute.sites is None else "".join(
             letter * int(n or 1) for letter, n in zip(compute.sites[::2], compute.sites[1::2], strict=True)
         )
@@ -117,7 +140,7 @@ def test_reusing_everything_costs_next_to_nothing(make) -> None:
     prices = Prices(synthetic_table(model), model)
     plan = Plan.uniform(model, 6, "ddim").cached(model, "fora", interval=6)
     first, *later, last = prices.plan(plan).steps  # the last step runs in full
-    assert max(later) < 0.1 * first and last == pytest.approx(first, rel=0.01)
+    assert max(later) < 0.1 * first and last == pytest.approx(first - PIECES["start"], rel=0.01)
 
 
 def test_gates_give_two_bounds(make) -> None:
@@ -163,7 +186,11 @@ def test_seconds_add_up_and_grow_with_steps(make) -> None:
     by_split = [prices.plan(Plan.weak_to_powerful(model, 8, weak_steps=k)).seconds for k in range(9)]
     assert by_split == sorted(by_split, reverse=True)
     differences = [a - b for a, b in pairwise(by_split)]
-    assert max(differences) == pytest.approx(min(differences), rel=1e-2)  # every weak step saves the same
+    inner = differences[1:-1]
+    assert max(inner) == pytest.approx(min(inner), rel=1e-2)  # every weak step saves the same
+    # The first brings a second network with it, the last leaves the first one out.
+    once = 2 * (PIECES["start"] + PIECES["table"])
+    assert [differences[0], differences[-1]] == pytest.approx([inner[0] - once, inner[0] + once], rel=1e-2)
 
 
 def test_what_was_not_measured_is_named(make) -> None:
@@ -249,6 +276,20 @@ def test_a_budget_in_seconds_is_met_and_used_up(make, batch) -> None:
     assert budget.fits(plan, whole, model) and not budget.fits(one_less, whole, model)
 
 
+def test_a_second_network_that_does_not_pay_is_left_out(make) -> None:
+    """The first weak step may cost more than it saves; the search for the fewest is not misled by that."""
+    model = make()
+    table = synthetic_table(model, pieces={**PIECES, "start": 0.1})
+    full, weak = (Plan.weak_to_powerful(model, 8, weak_steps=k) for k in (0, 8))
+    prices = Prices(table, model)
+    seconds = [prices.plan(Plan.weak_to_powerful(model, 8, weak_steps=k)).seconds for k in range(9)]
+    assert seconds[1] > seconds[0]
+    for limit in (1.001 * seconds[0], 0.999 * seconds[0], 1.01 * seconds[4], 1.001 * seconds[8]):
+        plan = Plan.weak_to_powerful(model, 8, Budget(seconds=limit, throughput=table))
+        assert plan.provenance["weak_steps"] == next(k for k in range(9) if seconds[k] <= limit)
+    assert prices.plan(weak).seconds < prices.plan(full).seconds
+
+
 def test_too_little_time_names_the_cheapest_plan(make) -> None:
     model = make()
     table = synthetic_table(model)
@@ -330,13 +371,13 @@ def test_tables_are_added_to(make) -> None:
 
 
 class Clock:
-    """Every look takes a millisecond: measuring without waiting, whatever else the machine does."""
+    """Between two looks 30 milliseconds pass: measuring without waiting, whatever else the machine does."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
     def __call__(self) -> float:
-        self.now += 1e-3
+        self.now += 0.03
         return self.now
 
 

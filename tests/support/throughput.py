@@ -20,7 +20,6 @@ PIECES = {
     "forecast more": 1e-6,
     "keep branch": 7e-6,
     "keep span": 9e-6,
-    "out": 6e-6,
     "gate residual": 1.1e-4,
     "gate input": 1.2e-4,
     "gate output": 1.3e-4,
@@ -31,9 +30,11 @@ PIECES = {
     "merge": 1.8e-4,
     "pool": 1.9e-4,
     "table": 1e-6,
+    "start": 3e-4,
+    "switch": 4e-5,
     "prepare": 0.25,
 }
-"""Seconds per row (of "prepare": once)."""
+"""Seconds per row (of "prepare": once; "start", "switch": of a run's first call of a network, and after another's)."""
 OUTSIDE = {"step": 2e-5, "guided": 3e-5, "update": 1e-5, "term": 2e-6, "noise": 4e-5, "begin": 5e-4}
 """Seconds per image."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pliant.cli import options as opt
-from pliant.cli.console import emit_json, progress, table
+from pliant.cli.console import emit_json, note, progress, table
 from pliant.errors import ConfigError, PliantError
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ Examples:
   pliant bench DiT-S-2.pt --device cuda -o table.json
   pliant plan digits --budget "350 ms" --steps 20     uses what was measured
 """
+
+STEADY = 0.1
+"""Drift of the machine's speed that is not worth a word."""
 
 
 def register(app: typer.Typer) -> None:
@@ -82,6 +85,11 @@ def bench(
     began = time.monotonic()
     with progress(f"measuring {opened.name}") as advance:
         made = measure(denoiser, computes, sorted({*ROWS, *(rows or ())}), advance)
+    if abs(drift := made.measured["drift"]) > STEADY:
+        note(
+            f"the machine's speed changed by {drift:+.0%} while this was measured, and predictions will be as far "
+            f"off: measure again while it does nothing else"
+        )
     file = out or cache_file(denoiser)
     if out is None and (old := cached_table(denoiser)) is not None:
         made = old.with_more(made)

@@ -104,43 +104,45 @@ def made_plan(model: Denoiser, options: PlanOptions) -> Plan:
     times = grid_config(options.grid)
     if options.precision is not None:  # before the plan is made: seconds depend on it
         check_precision(options.precision)
+    if options.cache is not None and (options.guide or "").partition(":")[0] == "every":
+        note(
+            "--cache with --guide every: a step that computes the reference again after the last full step was without "
+            "it runs in full, and gates compare with its last such step; `pliant plan` shows what is left to save"
+        )
+
+    def finished(plan: Plan) -> Plan:
+        """With what is decided about steps that are there already; a budget counts it."""
+        if options.guide is not None:
+            plan = _guided(plan, options)
+        if options.precision is not None:
+            plan = with_precision(plan, options.precision)
+        return plan if options.cache is None else plan.cached(model, **cache_config(options.cache))
+
     steps = options.steps or STEPS
     if options.budget is None and options.weak_steps is None:
         for name, value in (("--weak-last", options.weak_last), ("--weak-guidance-steps", options.weak_guidance_steps)):
             if value:
                 raise ConfigError(f"{name} belongs to plans with weak steps: give --budget or --weak-steps too")
         compute = Compute.of(parse_patch(options.weak)) if options.weak else Compute()
-        plan = Plan.uniform(model, steps, solver, compute, _guidance(options), times)
-    else:
-        if options.budget is not None and options.weak_steps is not None:
-            raise ConfigError("give either --budget or --weak-steps, not both")
-        weak = parse_patch(options.weak) if options.weak else weakest(model).patch
-        plan = Plan.weak_to_powerful(
-            model,
-            steps,
-            None if options.budget is None else ready_budget(model, options),
-            weak_steps=options.weak_steps,
-            weak_guidance_steps=options.weak_guidance_steps,
-            weak=Compute.of(weak, precision=options.precision),
-            powerful=Compute(precision=options.precision),
-            solver=solver,
-            times=times,
-            guidance=options.guidance,
-            guided_channels=options.guided_channels,
-            weak_last=options.weak_last,
-        )
-    if options.guide is not None:
-        plan = _guided(plan, options)
-    if options.precision is not None:
-        plan = with_precision(plan, options.precision)
-    if options.cache is None:
-        return plan
-    if (options.guide or "").partition(":")[0] == "every":
-        note(
-            "--cache with --guide every: a step that computes the reference again after the last full step was without "
-            "it runs in full, and gates compare with its last such step; `pliant plan` shows what is left to save"
-        )
-    return plan.cached(model, **cache_config(options.cache))
+        return finished(Plan.uniform(model, steps, solver, compute, _guidance(options), times))
+    if options.budget is not None and options.weak_steps is not None:
+        raise ConfigError("give either --budget or --weak-steps, not both")
+    weak = parse_patch(options.weak) if options.weak else weakest(model).patch
+    return Plan.weak_to_powerful(
+        model,
+        steps,
+        None if options.budget is None else ready_budget(model, options),
+        weak_steps=options.weak_steps,
+        weak_guidance_steps=options.weak_guidance_steps,
+        weak=Compute.of(weak, precision=options.precision),
+        powerful=Compute(precision=options.precision),
+        solver=solver,
+        times=times,
+        guidance=options.guidance,
+        guided_channels=options.guided_channels,
+        weak_last=options.weak_last,
+        then=finished,
+    )
 
 
 def ready_budget(model: Denoiser, options: PlanOptions) -> Budget:

@@ -52,6 +52,8 @@ class FittedSpace:
         if key not in self._plans:
             plan = self.inner.decode(bare(candidate))
             found = self.fit(plan)
+            if found is not None and not self.inner.task.fits(found):
+                found = None  # more coefficients are more sums, which count where the budget is a time
             if found is None and has_rows(candidate):
                 raise PlanError("its coefficients belong to other steps, and it cannot have its own")
             self._plans[key] = found or plan

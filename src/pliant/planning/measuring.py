@@ -113,9 +113,10 @@ def seconds_in_turns(
     batch: int,
     rounds: int = 5,
     advance: Callable[[int, int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Seconds per image of each plan by its digest: the median over rounds in which the plans take turns, so that a
-    slow moment of the machine hits all of them; after a warm-up of one round."""
+    slow moment of the machine hits all of them; after a warm-up of one round. clock: what is read before and after."""
     weights = Weights()
     samplers = {plan.digest(): Sampler(model, plan, weights=weights) for plan in plans}
     labels, seeds = [k % model.num_classes for k in range(batch)], list(range(batch))
@@ -123,10 +124,10 @@ def seconds_in_turns(
     done = 0
     for number in range(rounds + 1):
         for key, sampler in samplers.items():
-            begun = time.perf_counter()
+            begun = clock()
             sampler(labels, seeds).cpu()  # waits for the device
             if number:
-                times[key].append((time.perf_counter() - begun) / batch)
+                times[key].append((clock() - begun) / batch)
             done += 1
             if advance is not None:
                 advance(done, (rounds + 1) * len(samplers))

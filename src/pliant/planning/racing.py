@@ -114,7 +114,7 @@ def search_plans(
             screen=screen,
             progress=task.progress,
         )
-        plans = finalists(evolved, decode, effort, cheap, objective, keep)
+        plans = [p for p in finalists(evolved, decode, effort, cheap, objective, keep) if task.fits(p)]
         full = Recalled(objective, own)
         if improve is not None:
             more = {p.digest(): p for p in improve(plans, full) if task.fits(p)}

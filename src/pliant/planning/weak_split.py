@@ -11,6 +11,7 @@ from pliant.planning.objective import Objective
 from pliant.planning.result import PlanResult, Progress
 from pliant.planning.task import Task
 from pliant.plans import Budget, Plan, weak_to_powerful
+from pliant.plans.presets import fewest_weak
 from pliant.solvers import SolverLike
 
 WEAK_SHARE = 0.5
@@ -65,9 +66,8 @@ def split(task: Task, count: int, between: int, solver: SolverLike) -> Plan | No
             task.model, count, weak_steps=weak, weak_guidance_steps=between, solver=solver, guidance=task.guidance
         )
 
-    # What is spent falls with every weak step, so the first that fits spends the most it may.
-    weak = bisect_left(range(count + 1), True, key=lambda weak: task.fits(plan(weak)))
-    return plan(weak) if weak <= count else None
+    weak = fewest_weak(count, lambda weak: task.fits(plan(weak)))
+    return None if weak is None else plan(weak)
 
 
 def _counts(task: Task, solver: SolverLike) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 from pliant.compute import Compute
@@ -75,6 +75,18 @@ def weakest(model: Denoiser) -> Compute:
     return Compute(patch=max(model.patch_sizes, key=math.prod))
 
 
+def fewest_weak(steps: int, fits: Callable[[int], bool]) -> int | None:
+    """The fewest weak steps that fit, which spends the most that may be spent; None if not even `steps` do.
+
+    Every weak step makes a mixed plan cheaper. The ends are looked at alone: a second network in a run takes
+    some time once.
+    """
+    if fits(0):
+        return 0
+    mixed = 1 + bisect_left(range(1, steps), True, key=fits)
+    return mixed if mixed < steps or fits(steps) else None
+
+
 def weak_to_powerful(
     model: Denoiser,
     steps: int = 50,
@@ -90,13 +102,15 @@ def weak_to_powerful(
     times: Times = None,
     weak_last: bool = False,
     reset_history_on_switch: bool = False,
+    then: Callable[[Plan], Plan] | None = None,
 ) -> Plan:
     """`weak_steps` first steps at the weak patch size, the rest at the powerful one (sheet A, 1.7 and 1.8).
 
     Give either `budget` (the fewest weak steps that meet it are found) or `weak_steps`.
     guidance: classifier-free scale s1. weak_guidance_steps: how many of the *powerful* steps, the earliest ones, use
     the weak call with the same condition as the reference, with scale `weak_scale(s1)`. In the paper's x/y notation
-    x = steps - weak_steps and y = x - weak_guidance_steps. weak_last: the reversed schedule, a baseline.
+    x = steps - weak_steps and y = x - weak_guidance_steps. weak_last: the reversed schedule, a baseline. then: what is
+    done to every split before its cost is compared with the budget, such as caching.
     Raises PlanError for a budget below the cheapest schedule, saying what the least is.
     """
     if (budget is None) == (weak_steps is None):
@@ -124,15 +138,16 @@ def weak_to_powerful(
         provenance.update(how_timed(model, times, grid))
         if weak_last:
             provenance["preset"] = "powerful-to-weak"
-        return Plan(rows(count), model.path, grid[-1], made_for(model), reset_history_on_switch, provenance)
+        made = Plan(rows(count), model.path, grid[-1], made_for(model), reset_history_on_switch, provenance)
+        return made if then is None else then(made)
 
     if weak_steps is None:
-        wanted, full = parse_budget(budget), plan(0)  # type: ignore[arg-type]
-        full = full if scale is None else full.with_steps(replace(s, guidance=cfg) for s in full.steps)
+        wanted = parse_budget(budget)  # type: ignore[arg-type]
+        whole = tuple(Step(t, chosen, powerful, cfg) for t in grid[:-1])
+        full = Plan(whole, model.path, grid[-1], made_for(model))
         limit = wanted.limit(full, model)
-        # Cost falls with every weak step, so the first split that fits spends the most it may.
-        split = bisect_left(range(steps + 1), True, key=lambda count: wanted.spent(plan(count), model) <= limit)
-        if split > steps:
+        split = fewest_weak(steps, lambda count: wanted.spent(plan(count), model) <= limit)
+        if split is None:
             least = wanted.describe(wanted.spent(plan(steps), model), full, model)
             raise PlanError(
                 f"a budget of {wanted.amount} is below the cheapest schedule: "

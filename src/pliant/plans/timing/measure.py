@@ -1,15 +1,15 @@
-"""Measuring a throughput table: the engine's own calls timed, whole and in parts, and a sampler's work around them.
+"""Measuring a throughput table: steps of real sampling runs timed, whole and with parts of their network left out.
 
-Parts come from differences between calls that differ in one thing: sites left out, a branch kept, a span read. Nothing
-is timed that the sampler would not run. docs/cost.md says how well sums of parts predict whole plans.
+Parts come from differences between steps that differ in one thing: sites left out, a branch kept, a span read. Nothing
+is timed that the sampler would not run, nor anywhere but in a run (`stepping`). docs/cost.md says how well sums of
+parts predict whole plans.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TypeAlias
 
@@ -22,59 +22,25 @@ from pliant.denoiser import Denoiser
 from pliant.errors import PliantError
 from pliant.models.network import Backbone
 from pliant.models.precision import resolve_precision
-from pliant.plans.engine import Lowered, ModulationTable, Networks
+from pliant.plans.engine import Lowered, ModulationTable, Weights
 from pliant.plans.timing.curve import Curve
 from pliant.plans.timing.machine import this_machine
-from pliant.plans.timing.outside import measure_outside, step_in_situ
-from pliant.plans.timing.probes import CALL, Probe, Run, differences, probes
+from pliant.plans.timing.outside import measure_outside
+from pliant.plans.timing.probes import CALL, Probe, differences, probes
+from pliant.plans.timing.stepping import FEW, SLOW, STEPS, Clock, Stopwatch, cycled, in_turns, steady
 from pliant.plans.timing.table import Throughput, model_key, network_kind, plain_core, runs_unmerged
 
 ROWS = (1, 2, 4, 8, 16)
 """Of a call; a guided image has two."""
-TIMES = tuple(0.9 - 0.05 * k for k in range(16))
-"""House times of the timed calls."""
-LONG = 2.0
-"""Seconds: calls of more rows than one that takes this long are not measured but extrapolated."""
+PART_ROWS = (1, 4)
+"""Of calls whose parts hardly depend on rows, or in proportion."""
+LONG = 1.0
+"""Seconds: calls of more rows that would take longer are not measured but extrapolated."""
 TABLE_ROWS = (2, 32)
 """Times with labels of one modulation table."""
 
-Clock: TypeAlias = Callable[[], float]
 Advance: TypeAlias = Callable[[int, int], None]
-
-
-class Stopwatch:
-    """Median seconds of a call, after a first one that is not counted."""
-
-    def __init__(self, device: torch.device, clock: Clock = time.perf_counter) -> None:
-        self.device, self.clock = device, clock
-
-    def after(self, before: Callable[[], object], run: Callable[[], object]) -> float:
-        """The same of a call that each time comes after another one, whose time is not counted: caches hold what that
-        one left, as they do while sampling."""
-        found = []
-        for _ in range(8):
-            before()
-            found.append(self._once(run, 1))
-        return statistics.median(found[1:])
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        self._once(run, 1)  # kernels are chosen and memory is found
-        first = self._once(run, 1)
-        inner = max(1, round(0.003 / max(first, 1e-7)))
-        repeats = 12 if first * inner < 0.02 else 6 if first < 0.1 else 4
-        return statistics.median([first, *(self._once(run, inner) for _ in range(repeats))])
-
-    def _once(self, run: Callable[[], object], inner: int) -> float:
-        self._wait()
-        start = self.clock()
-        for _ in range(inner):
-            run()
-        self._wait()
-        return (self.clock() - start) / inner
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+Points: TypeAlias = list[tuple[float, float]]
 
 
 def default_computes(model: Denoiser, precisions: Sequence[str | None] = (None,)) -> list[Compute]:
@@ -104,26 +70,21 @@ def measure(
             base = Compute(patch=compute.patch, merged=compute.merged, precision=compute.precision, scale=compute.scale)
             own.shape(base)
             wanted.setdefault(network_kind(own, base, guide), (own, base))
-    counts = [_count(own, base, rows) for own, base in wanted.values()]
-    total, done = sum(counts) + 1, 0
+    total, done = 2 + len(wanted) * len({1, *rows}), 0
 
     def step() -> None:
         nonlocal done
-        done = min(done + 1, total)
+        done += 1
         if advance is not None:
             advance(done, total)
 
-    networks = {
-        kind: measure_kind(own, base, rows, watch, step) for kind, (own, base) in wanted.items()
-    }
-    outside = measure_outside(plain_twin(model), [b for b in (1, 4, 16) if b <= max(*rows, 4)], watch)
-    mine = {kind: compute for kind, (who, compute) in wanted.items() if who is model}
-    if mine:
-        cheapest = min(mine, key=lambda kind: networks[kind]["call"].at(1))
-        more = step_in_situ(model, mine[cheapest], networks[cheapest]["call"], outside, watch)
-        outside["step"] = outside["step"].plus(more)
+    step()  # outside the network comes first: what it takes is left out of what steps take
+    outside = measure_outside(plain_twin(model), [b for b in (1, 4, 16) if b <= max(*rows, 4)], LONG, watch)
     step()
-    facts = {"date": date.today().isoformat(), "seconds": round(time.monotonic() - begun, 2)}
+    kinds = {kind: _Kind(own, base, outside, watch) for kind, (own, base) in wanted.items()}
+    networks = {name: kind.curves(rows, step) for name, kind in kinds.items()}
+    drift = max((kind.drift(networks[name]["call"].at(1)) for name, kind in kinds.items()), key=abs, default=0.0)
+    facts = {"date": date.today().isoformat(), "seconds": round(time.monotonic() - begun, 2), "drift": round(drift, 3)}
     name = str(model.metadata.get("name") or "")
     return Throughput(this_machine(model.device), model_key(model), name, networks, outside, facts)
 
@@ -133,37 +94,79 @@ def plain_twin(model: Denoiser) -> Denoiser:
     return replace(model, network=plain_core(model), forward=None, guide=None)
 
 
-def measure_kind(
-    model: Denoiser, base: Compute, rows: Sequence[int], watch: Stopwatch, step: Callable[[], None] = lambda: None
-) -> dict[str, Curve]:
-    """Curves of everything that calls of one kind consist of."""
-    networks: Networks = {}
-    begun = watch.clock()
-    lowered = Lowered(model, base, networks)
-    prepared = watch.clock() - begun
-    raw: dict[str, list[tuple[float, float]]] = {}
-    for probe in _probes(model, base):
-        for count in sorted({1, *rows}) if probe.everywhere else (1, 4):
+@dataclass(frozen=True, eq=False)
+class _Kind:
+    """One kind of network, and what its steps take besides its calls."""
+
+    model: Denoiser
+    base: Compute
+    outside: dict[str, Curve]
+    watch: Stopwatch
+    weights: Weights = field(default_factory=Weights)
+
+    def curves(self, rows: Sequence[int], step: Callable[[], None]) -> dict[str, Curve]:
+        """Curves of everything that calls of this kind consist of."""
+        begun = self.watch.now()
+        network = Lowered(self.model, self.base, self.weights.own).plain
+        found = {"prepare": Curve((1.0,), (self.watch.now() - begun,))}
+        if network is not None:
+            found["table"] = Curve.of([(m, self.watch(_table(network, m))) for m in TABLE_ROWS])
+        raw: dict[str, Points] = {}
+        once: dict[str, Points] = {"start": [], "switch": []}
+        for count in sorted({1, *rows}):
             step()
-            known = raw.get("call", [])
-            if count > 1 and known and max(s for _, s in known if _ <= count) > LONG:
+            if (known := raw.get("call")) and known[-1][1] * count / known[-1][0] > LONG:
                 continue
+            for name, seconds in self.at(count, found.get("table")).items():
+                (once if name in once else raw).setdefault(name, []).append((float(count), seconds))
+        found |= {name: Curve.of(points) for name, points in once.items() if points}
+        return found | differences({n: Curve.of(p) for n, p in raw.items()}, self.model.shape(self.base))
+
+    def at(self, rows: int, table: Curve | None) -> dict[str, float]:
+        """Seconds of every timed call with so many rows, and of what the first one of a run takes more ("start") and
+        the first one after another network's ("switch")."""
+        first = self.watch.steps(cycled(self.model, [self.base], 2, self.weights), rows)
+        slow = first[-1] > SLOW
+        steps = FEW if slow else STEPS
+        wanted = [probe for probe in _probes(self.model, self.base) if probe.everywhere or rows in PART_ROWS]
+        cycles = {probe.name: probe.cycle(self.base) for probe in wanted}
+        if (other := self.other()) is not None and rows in PART_ROWS:
+            cycles["switch"] = [other, self.base]
+        samplers = {}
+        for name, cycle in cycles.items():
             try:
-                run = _ready(model, base, probe, count, networks)
-                full = _ready(model, base, CALL, count, networks) if probe.cheap else None
-                seconds = watch(run) if full is None else watch.after(full, run)
+                sampler = cycled(self.model, cycle, steps, self.weights)
+                self.watch.steps(sampler, rows)
             except PliantError:  # this network cannot do it, so no plan asks for it
-                break
-            raw.setdefault(probe.name, []).append((count, seconds))
-    curves = differences({name: Curve.of(points) for name, points in raw.items()}, model.shape(base))
-    curves["prepare"] = Curve((1.0,), (prepared,))
-    if lowered.plain is not None:
-        network = lowered.plain
-        curves["table"] = Curve.of([(m, watch(_table(network, m))) for m in TABLE_ROWS])
-    return curves
+                if name == CALL.name:
+                    raise
+                continue
+            samplers[name] = sampler
+        taken = in_turns(samplers, rows, self.watch, slow)
+        around = self.outside["step"].at(rows) + self.outside["update"].at(rows)
+        found = {name: max(steady(taken[name], len(cycles[name])) - around, 0.0) for name in taken}
+        begin = self.outside["begin"].at(rows)
+        if table is not None:
+            begin += table.at(steps * min(rows, self.model.num_classes))
+        found["start"] = max(taken["call"][0] - steady(taken["call"]) - begin, 0.0)
+        if "switch" in found:
+            found["switch"] = max(found["switch"] - found["call"], 0.0)
+        return found
+
+    def drift(self, before: float) -> float:
+        """By what share a call of one row takes longer now than before: what a busy machine does to a table."""
+        run = cycled(self.model, [self.base], STEPS if before < SLOW else FEW, self.weights)
+        around = self.outside["step"].at(1) + self.outside["update"].at(1)
+        return (steady(in_turns({"call": run}, 1, self.watch, before >= SLOW)["call"]) - around) / before - 1.0
+
+    def other(self) -> Compute | None:
+        """A call of another network of the same model, if it has patch sizes to choose from."""
+        own = self.model.patch_of(self.base)
+        patches = [p for p in self.model.patch_sizes if self.model.patch_of(Compute(patch=p)) != own]
+        return replace(self.base, patch=patches[0]) if patches and self.base.scale is None else None
 
 
-def _table(network: Backbone, rows: int) -> Run:
+def _table(network: Backbone, rows: int) -> Callable[[], object]:
     labels = torch.zeros(1, dtype=torch.int64, device=network.device)
     times = torch.linspace(0.1, 0.9, rows, device=labels.device)
     return lambda: ModulationTable(network, times, labels).at(0)
@@ -179,17 +182,3 @@ def _probes(model: Denoiser, base: Compute) -> list[Probe]:
     if precision == "int8d":
         found = [p for p in found if p.name not in ("keep increment", "corrected")]
     return [p for p in found if (not whole or p.name == "call") and (own or p.everywhere)]
-
-
-def _count(model: Denoiser, base: Compute, rows: Sequence[int]) -> int:
-    return sum(len({1, *rows}) if p.everywhere else 2 for p in _probes(model, base))
-
-
-def _ready(model: Denoiser, base: Compute, probe: Probe, rows: int, networks: Networks) -> Run:
-    """The timed call on seeded states, with all that it reads in its cache."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, *model.sample_shape, generator=generator).to(model.device)
-    labels = (torch.arange(rows) % model.num_classes).to(model.device)
-    return probe.ready(model, base, x, labels, TIMES, networks)
-
-

@@ -2,7 +2,7 @@
 
 A call is its network's ends (patches in, head out, alignment), its attention and MLP sites, and what it reads, keeps
 and decides; each piece is a measured curve over rows, so nothing here knows a rate. Around the calls: solver updates,
-guidance, noise, modulation tables. Sheet E, 10.3.
+guidance, noise, modulation tables, and the first calls of every network, which find the caches cold. Sheet E, 10.3.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ class Prices:
         program = plan.program(self.model)
         steps = [0.0] * len(plan.steps)
         saved, seen = 0.0, set[Hashable]()
+        networks = _Networks(self)
         for evaluation in program.evaluations:
             step, t = plan.steps[evaluation.step], evaluation.node.t
             here = sum(self.call(call, t=t) for call in calls_of(step))
-            steps[evaluation.step] += here + self._around(step)
+            steps[evaluation.step] += here + self._around(step) + sum(networks.cold(call) for call in calls_of(step))
             gate = step.compute.gate
             if gate is not None:
                 # The first call of all that share a memory has nothing to compare with.
@@ -143,6 +144,25 @@ def kind_of(call: Call, model: Denoiser) -> str:
     return network_kind(call.model(model), call.compute, call.streams == ("guide",))
 
 
+class _Networks:
+    """What a run's calls take longer because the processor's caches are full of something else: the first one of each
+    network, and the first one after another network's."""
+
+    def __init__(self, prices: Prices) -> None:
+        self.prices = prices
+        self.seen: set[str] = set()
+        self.last = ""
+
+    def cold(self, call: Call) -> float:
+        """Seconds of the run's next call beyond those of one that comes after the same network's."""
+        kind = kind_of(call, self.prices.model)
+        unit = "start" if kind not in self.seen else "switch"
+        again, self.last = kind == self.last, kind
+        self.seen.add(kind)
+        curve = self.prices.table.networks.get(kind, {}).get(unit)
+        return 0.0 if again or curve is None else curve.at(self.prices.batch * len(call.streams))
+
+
 class _CallPrice:
     """One call's pieces, looked up and added."""
 
@@ -184,13 +204,17 @@ class _CallPrice:
         if whole == "state":
             return total + self.unit("ends") + self.unit("span") + self.mixed(order)
         total += self.unit("ends") + self.operations(program.hit if hit else program.miss, order)
-        return total + (self.unit("out") if "drift" in program.write_whole and not hit else 0.0)
+        keeps = "drift" in program.write_whole and not hit
+        return total + (self.unit("keep span") * self.output_share if keeps else 0.0)
+
+    @property
+    def output_share(self) -> float:
+        """Numbers of the output per number of the network's inner state."""
+        return self.shape.out_channels * self.shape.patch_volume / self.shape.width
 
     def kept_output(self, order: int) -> float:
-        """A whole output from memory. Forecasts work on the output's numbers, fewer than the state's."""
-        shape = self.shape
-        share = shape.out_channels * shape.patch_volume / shape.width
-        return self.unit("out") + self.mixed(order) * share
+        """A whole output from memory: reading it is part of every step; a forecast is not."""
+        return self.mixed(order) * self.output_share
 
     def operations(self, operations: Sequence[Operation], order: int) -> float:
         """Operations one after the other; between a pool and its spread fewer tokens are there."""

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from pliant.compute import Compute, Gate, Merge, Pool, Reuse, Subset, TransformerShape
-from pliant.compute.cache import Cache, Moment
 from pliant.compute.tokens import Pooled
-from pliant.denoiser import Denoiser
-from pliant.plans.engine import Lowered, Networks
 from pliant.plans.timing.curve import Curve
 
 RANK = 8
@@ -21,56 +15,24 @@ RANK = 8
 HALF = 0.5
 """Share of the tokens in the timed calls with fewer."""
 
-CHEAP = (
-    "branch", "span", "forecast", "forecast more", "keep span", "out", "gate residual", "gate input", "gate output",
-)  # fmt: skip
-
-Run: TypeAlias = Callable[[], object]
-
 
 @dataclass(frozen=True)
 class Probe:
-    """One timed call: its compute's fields, and those of the calls before it that fill the cache."""
+    """One timed call: its compute's fields, and those of the full calls before it that fill the cache."""
 
     name: str
     fields: Mapping[str, Any]
     before: Mapping[str, Any] | None = None
     fills: int = 1
-    """How many calls fill the cache."""
+    """How many full calls come before it."""
     everywhere: bool = False
     """Timed at every patch size and number of rows; the others once per precision, at few."""
 
-    @property
-    def cheap(self) -> bool:
-        """Whether the call is a small part of a full one, so that what a full one leaves in the caches matters."""
-        return self.name in CHEAP
-
-    def ready(
-        self,
-        model: Denoiser,
-        base: Compute,
-        x: Tensor,
-        labels: Tensor,
-        times: Sequence[float],
-        networks: Networks,
-    ) -> Run:
-        """The call on states x (B, C, H, W), its cache filled. Raises PliantError where the network cannot run it."""
-        cache = Cache(self.fills)
-        streams = ("cond",)
-        if self.before is not None:
-            before = Lowered(model, replace(base, **self.before), networks).bind(times, labels, cache, streams)
-            for k in range(self.fills):
-                before.call(k, x, Moment(k, times[k], float(k)))
-        compute = replace(base, **self.fields)
-        if isinstance(compute.tokens, Subset) and compute.tokens.rule != "router":
-            tokens = model.shape(base).tokens
-            every = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
-            active = every[: compute.tokens.count(tokens)].sort().values
-            cache.regions.active = active.expand(len(x), -1).to(x.device)
-        bound = Lowered(model, compute, networks).bind(times, labels, cache, streams)
-        k = self.fills
-        moment = Moment(k, times[k], float(k))
-        return lambda: bound.call(k, x, moment)
+    def cycle(self, base: Compute) -> list[Compute]:
+        """Computes of the steps of a timed run, in turn, the probe's last. Cheap calls come after full ones, as they do
+        in plans, with the caches full of what those left."""
+        own = replace(base, **self.fields)
+        return [own] if own == base else [replace(base, **(self.before or {}))] * self.fills + [own]
 
 
 CALL = Probe("call", {}, everywhere=True)
@@ -81,19 +43,18 @@ def probes(shape: TransformerShape, grid: tuple[int, ...], routed: bool = False)
     depth, sites = shape.depth, 2 * shape.depth
     run, skip, reuse = f"R{sites}", f"K{sites}", f"C{sites}"
     alone = {"attention": "R1K1" * depth, "mlp": "K1R1" * depth}
-    span = f"span(0,{sites})"
+    span = {"write": (f"span(0,{sites})",)}
     found = [
         CALL,
         Probe("ends", {"sites": skip}, everywhere=True),
         Probe("attention", {"sites": alone["attention"]}, everywhere=True),
         Probe("mlp", {"sites": alone["mlp"]}, everywhere=True),
         Probe("branch", {"sites": reuse, "reuse": Reuse("branch")}, {"write": ("branch",)}),
-        Probe("span", {"sites": reuse, "reuse": Reuse("span")}, {"sites": skip, "write": (span,)}),
-        Probe("forecast", {"sites": reuse, "reuse": Reuse("span", 1)}, {"sites": skip, "write": (span,)}, 2),
-        Probe("forecast more", {"sites": reuse, "reuse": Reuse("span", 2)}, {"sites": skip, "write": (span,)}, 3),
+        Probe("span", {"sites": reuse, "reuse": Reuse("span")}, span),
+        Probe("forecast", {"sites": reuse, "reuse": Reuse("span", 1)}, span, 2),
+        Probe("forecast more", {"sites": reuse, "reuse": Reuse("span", 2)}, span, 3),
         Probe("keep branch", {"sites": run, "write": ("branch",)}),
-        Probe("keep span", {"sites": skip, "write": (span,)}),
-        Probe("out", {"sites": reuse, "reuse": Reuse("out")}, {"sites": skip, "write": ("out",)}),
+        Probe("keep span", {"sites": skip, **span}),
         Probe("gate residual", {"sites": f"R2K{sites - 2}", "gate": Gate(0.0, f"R2K{sites - 2}", 2)} if depth > 1 else
               {"sites": "R1K1", "gate": Gate(0.0, "R1K1", 1)}),
         Probe("gate input", {"sites": skip, "gate": Gate(0.0, skip, signal="input")}),
@@ -138,7 +99,6 @@ def differences(raw: Mapping[str, Curve], shape: TransformerShape) -> dict[str, 
         "forecast more": (lambda rows: raw["forecast"].at(rows), 1),
         "keep branch": (with_sites, sites),
         "keep span": (ends.at, 1),
-        "out": (lambda rows: 0.0, 1),
         "gate residual": (
             lambda rows: ends.at(rows) + (attention.at(rows) + mlp.at(rows)) * one_block / 2, 1),
         "gate input": (ends.at, 1),

@@ -21,7 +21,7 @@ from pliant.models.precision import resolve_precision
 from pliant.plans.timing.curve import Curve
 from pliant.plans.timing.machine import Machine, this_machine
 
-FORMAT, VERSION = "pliant-throughput", 1
+FORMAT, VERSION = "pliant-throughput", 2
 CACHE_VARIABLE = "PLIANT_CACHE"
 
 Curves = Mapping[str, Curve]
@@ -37,11 +37,11 @@ class Throughput:
     """`model_key` of the model."""
     name: str = ""
     networks: Mapping[str, Curves] = field(default_factory=dict)
-    """By kind of network (`network_kind`): seconds by rows of a call of "call", "ends", "attention", "mlp", ..."""
+    """By kind of network (`network_kind`): seconds by rows of "call", "ends", "attention", "mlp", ..."""
     outside: Curves = field(default_factory=dict)
     """What happens around the calls: seconds by images of "step", "guided", "update", "term", "noise", "begin"."""
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """"date" and "seconds" it took; for people."""
+    """"date", "seconds" it took, and by what share the machine's speed had drifted at the end ("drift"); for people."""
 
     def with_more(self, other: Throughput) -> Throughput:
         """Both tables' measurements, the other's where both have one."""
