@@ -51,8 +51,8 @@ def probes(shape: TransformerShape, grid: tuple[int, ...], routed: bool = False)
         Probe("mlp", {"sites": alone["mlp"]}, everywhere=True),
         Probe("branch", {"sites": reuse, "reuse": Reuse("branch")}, {"write": ("branch",)}),
         Probe("span", {"sites": reuse, "reuse": Reuse("span")}, span),
-        Probe("forecast", {"sites": reuse, "reuse": Reuse("span", 1)}, span, 2),
-        Probe("forecast more", {"sites": reuse, "reuse": Reuse("span", 2)}, span, 3),
+        Probe("forecast", {"sites": reuse, "reuse": Reuse("branch", 1)}, {"write": ("branch",)}, 2),
+        Probe("forecast more", {"sites": reuse, "reuse": Reuse("branch", 2)}, {"write": ("branch",)}, 3),
         Probe("keep branch", {"sites": run, "write": ("branch",)}),
         Probe("keep span", {"sites": skip, **span}),
         Probe("gate residual", {"sites": f"R2K{sites - 2}", "gate": Gate(0.0, f"R2K{sites - 2}", 2)} if depth > 1 else
@@ -95,8 +95,8 @@ def differences(raw: Mapping[str, Curve], shape: TransformerShape) -> dict[str, 
     base: dict[str, tuple[Callable[[float], float], float]] = {
         "branch": (ends.at, sites),
         "span": (ends.at, 1),
-        "forecast": (lambda rows: raw["span"].at(rows), 1),
-        "forecast more": (lambda rows: raw["forecast"].at(rows), 1),
+        "forecast": (lambda rows: raw["branch"].at(rows), sites),
+        "forecast more": (lambda rows: raw["forecast"].at(rows), sites),
         "keep branch": (with_sites, sites),
         "keep span": (ends.at, 1),
         "gate residual": (
