@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from pliant.compute import counted_flops
 from pliant.models import kernels
@@ -50,3 +51,16 @@ def test_gradients_take_the_plain_route() -> None:
     x.grad = None
     F.gelu(F.linear(x, w, b), approximate="tanh").sum().backward()
     assert torch.equal(mine, x.grad)  # type: ignore[arg-type]
+
+
+def test_forward_mode_derivatives_are_not_lost() -> None:
+    """The fused operator knows none: inside a dual level it must not be taken, also where no gradient is wanted."""
+    torch.manual_seed(0)
+    x, tangent = torch.randn(64, 256), torch.randn(64, 256)
+    w, b = torch.randn(256, 256) / 16, torch.randn(256)
+    with torch.no_grad(), forward_ad.dual_level():
+        for function in (kernels.linear, kernels.linear_gelu):
+            _, moved = forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent), w, b))
+            before, after = (function(x.double() + s * tangent, w.double(), b.double()) for s in (-1e-4, 1e-4))
+            assert moved is not None
+            assert (moved - (after - before) / 2e-4).abs().max() < 1e-3

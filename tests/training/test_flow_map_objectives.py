@@ -14,7 +14,7 @@ from pliant.training.objectives.base import Batch
 from pliant.training.objectives.improved_mean_flow import ImprovedMeanFlow
 from pliant.training.objectives.jump_times import jump_times
 from pliant.training.objectives.jumps import heun_step, jump
-from pliant.training.objectives.jvp import velocity_and_derivative
+from pliant.training.objectives.jvp import velocity_and_derivative, velocity_and_difference
 from pliant.training.objectives.mean_flow import MeanFlow, learned_velocity
 from pliant.training.objectives.segmented import SegmentedConsistency, segment_start
 from pliant.training.objectives.shortcut import Shortcut
@@ -66,6 +66,30 @@ def test_the_mean_flow_identity_holds_and_needs_the_right_derivative():
     assert float((u + length * du - v).abs().max()) < 1e-12
     _, partial = velocity_and_derivative(gaussian_map(STD), x, t, y, v, rate=torch.zeros_like(t), lands=s)
     assert float((u - (v - length * partial)).abs().mean()) > 0.05  # as if the jump's length did not change with t
+
+
+def test_averaged_derivatives_keep_the_slope_and_lose_the_ripples():
+    """Networks that are told 1000 t ripple in t: of little size, but steeper than the map itself."""
+    x, t, s, y = states()
+    v = gaussian_velocity(x, t, STD)
+    _, du = velocity_and_derivative(gaussian_map(STD), x, t, y, v, lands=s)
+    u, averaged = velocity_and_difference(gaussian_map(STD), x, t, y, v, s, 0.02)
+    assert torch.equal(u, gaussian_map(STD).value(x, t, s))
+    length = like(t - s, x)  # what the loss multiplies it with
+    assert float((length * (averaged - du)).abs().max()) < 0.02
+
+    rippled = Stub(lambda x, t, s: gaussian_map(STD).value(x, t, s) + 0.02 * torch.cos(700 * like(t, x)))
+    _, steep = velocity_and_derivative(rippled, x, t, y, v, lands=s)
+    _, smooth = velocity_and_difference(rippled, x, t, y, v, s, 0.02)
+    error, left = ((length * (found - du)).square().mean().sqrt() for found in (steep, smooth))
+    assert float(error) > 2.0  # 700 * 0.02 / sqrt(2), times the jumps' lengths
+    assert float(left) < 0.15 * float(error)
+    # At the ends there is nothing to look at: rows that land where they are, at t = 1 and at t = 0, stay finite.
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    _, none = velocity_and_difference(gaussian_map(STD), x[:2], ends, y[:2], v[:2], ends, 0.02)
+    assert bool(torch.isfinite(none).all())
+    with pytest.raises(ConfigError, match="window"):
+        MeanFlow(window=-0.1)
 
 
 def test_one_jump_of_the_exact_map_is_the_data():
@@ -218,6 +242,52 @@ def test_jumps_that_end_at_clean_data_are_finite_at_weak_patches():
         result.loss.backward()
         assert bool(torch.isfinite(result.loss))
     assert all(bool(torch.isfinite(p.grad).all()) for p in weak.network.parameters() if p.grad is not None)
+
+
+def test_split_mean_flow_converges_at_all_patch_sizes():
+    """Halves by the running average at the model's own patch size; by the weak student itself its error only grows."""
+    from pliant import flexify
+    from pliant.adapters.flow_map import flow_map
+    from pliant.training.ema import EMA
+    from pliant.training.models import prepared
+    from pliant.training.objectives.shared import AtPatch, SharedPatches
+
+    teacher = tiny_denoiser()
+    randomize(teacher.network, 4)
+    model = flow_map(flexify(teacher, [4], initialisation="noise-aligned"))
+    generator, labels = torch.Generator().manual_seed(5), torch.arange(24) % 3
+    z, exact = (torch.randn(24, 2, 8, 8, generator=generator),) * 2
+    grid = torch.linspace(1, 1e-3, 9, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in pairwise(grid):
+            exact = heun_step(teacher, exact, a.expand(24), b.expand(24), labels, 1.0)
+
+    def errors():
+        one, zero = torch.ones(24, dtype=torch.float64), torch.zeros(24, dtype=torch.float64)
+        with torch.no_grad():
+            landed = [jump(m, z, one, zero, labels) for m in (model, AtPatch.of(model, (4, 4)))]
+        return [float((x - exact).square().mean().sqrt()) for x in landed]
+
+    before = errors()
+    ema = EMA(dict(model.network.named_parameters()), 0.98)
+    own = SplitMeanFlow(teacher=teacher, still=0.25, time=get_time_density("uniform"), class_dropout=0)
+    objective = prepared(SharedPatches(own), model, ema)
+    assert objective.own.average is not None
+    optimizer = torch.optim.Adam(model.network.parameters(), 3e-3)
+    losses: tuple[list[float], list[float]] = ([], [])
+    for step in range(60):
+        x = 0.5 * torch.randn(24, 2, 8, 8, generator=generator)
+        optimizer.zero_grad()
+        found = objective(model, Batch(x, labels), Draws(0, step, range(24), 24))
+        found.loss.backward()
+        optimizer.step()
+        ema.update(step)
+        losses["loss_patch_4x4" in found.logs].append(float(found.logs["error"]))
+    assert all(math.isfinite(error) for found in losses for error in found)
+    for found in losses:  # of strong steps, and of weak ones, whose targets are as good as the strong ones
+        assert sum(found[-10:]) < 0.9 * sum(found[:10])
+    strong, weak = errors()
+    assert strong < before[0] and weak < 0.85 * before[1]
 
 
 def test_ctm_balances_both_losses_at_the_last_layer():

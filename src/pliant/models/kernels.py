@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -53,6 +54,8 @@ def _prefers_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def _can_fuse(x: Tensor, weight: Tensor) -> bool:
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    # The operator has no forward-mode derivative and would drop tangents without a word.
+    needs_gradient = needs_gradient or forward_ad._current_level >= 0
     # A weight of another class (a quantised tensor, say) is known to PyTorch's own linear, not to this operator.
     same = x.device.type == "cpu" and x.dtype == weight.dtype and type(weight) in (Tensor, nn.Parameter)
     return same and not needs_gradient and not torch.compiler.is_compiling() and has_fused_linear()

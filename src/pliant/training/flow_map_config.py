@@ -64,23 +64,29 @@ class _Velocities(ObjectiveSection):
         }
 
 
-class MeanFlowConfig(_Velocities):
+class _Derived(_Velocities):
+    window: float = Field(default=0.0, ge=0, lt=1)
+    """Time before and after over which the derivative is averaged (0: at the point, by forward-mode differentiation).
+    Networks that are told 1000 t need one, of about 0.03: see `velocity_and_difference`."""
+
+
+class MeanFlowConfig(_Derived):
     """MeanFlow, arXiv 2505.13447."""
 
     name: Literal["mean-flow"]
     still: float = Field(default=0.75, ge=0, le=1)
 
     def build(self, denoiser: Denoiser) -> Objective:
-        return MeanFlow(**self._options(denoiser))
+        return MeanFlow(window=self.window, **self._options(denoiser))
 
 
-class ImprovedMeanFlowConfig(_Velocities):
+class ImprovedMeanFlowConfig(_Derived):
     """Improved MeanFlow, arXiv 2512.02012."""
 
     name: Literal["improved-mean-flow"]
 
     def build(self, denoiser: Denoiser) -> Objective:
-        return ImprovedMeanFlow(**self._options(denoiser))
+        return ImprovedMeanFlow(window=self.window, **self._options(denoiser))
 
 
 class AlphaFlowConfig(_Velocities):

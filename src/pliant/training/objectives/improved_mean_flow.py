@@ -13,15 +13,14 @@ from pliant.paths import like
 from pliant.training.draws import Draws
 from pliant.training.objectives.base import Batch, Loss
 from pliant.training.objectives.jump_times import jump_times
-from pliant.training.objectives.jvp import velocity_and_derivative
-from pliant.training.objectives.mean_flow import MeanVelocity, adaptive, squared_norm
+from pliant.training.objectives.mean_flow import Derived, adaptive, squared_norm
 
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
-class ImprovedMeanFlow(MeanVelocity):
+class ImprovedMeanFlow(Derived):
     """Both terms of the paper, with one head: the velocity is the map's own answer for a step that lands where it is.
 
     (The paper's network has a second head for velocities, and is told the guidance scale and interval; here guidance
@@ -35,7 +34,7 @@ class ImprovedMeanFlow(MeanVelocity):
         t, s = jump_times(self.time, self.still, draws)
         x, labels, target = self.begin(denoiser, batch, draws, t)
         v = denoiser(x, t, labels, lands=t).to("velocity")
-        u, du = velocity_and_derivative(denoiser, x, t, labels, v.detach(), lands=s)
+        u, du = self.derivative(denoiser, x, t, labels, v.detach(), s)
         error = squared_norm(u + like(t - s, x) * du - target)
         velocity_error = squared_norm(v - target)
         loss = adaptive(error, self.power).mean() + adaptive(velocity_error, self.power).mean()

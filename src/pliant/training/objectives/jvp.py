@@ -1,4 +1,4 @@
-"""The derivative of a flow map along a trajectory, by forward-mode differentiation."""
+"""The derivative of a flow map along a trajectory: at a point, or its mean over a window of time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pliant.compute import Compute
+from pliant.paths import like
 
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
@@ -38,3 +39,22 @@ def velocity_and_derivative(
         answer = denoiser(moving, time, labels, compute, lands).to("velocity")
         u, du = forward_ad.unpack_dual(answer)
     return u, torch.zeros_like(u) if du is None else du.detach()
+
+
+def velocity_and_difference(
+    denoiser: Denoiser, x: Tensor, t: Tensor, labels: Tensor, tangent: Tensor, lands: Tensor, window: float
+) -> tuple[Tensor, Tensor]:
+    """(u, du) as above, du the mean of the derivative over `window` of time before and after: a central difference.
+
+    Networks that are told 1000 t answer with ripples in t, small in themselves but steep: on the shipped digits model
+    the derivative at a point is two to seven times as large as its mean over +-0.02, and has little to do with it. The
+    window is cut at t = 1 and where the step lands. Two more forward passes; no forward-mode derivative, so any kernel.
+    """
+    u = denoiser(x, t, labels, lands=lands).to("velocity")
+    later, earlier = (t + window).clamp(max=1.0), torch.maximum(t - window, lands)
+    with torch.no_grad():
+        after = denoiser(x + like(later - t, x) * tangent, later, labels, lands=lands).to("velocity")
+        before = denoiser(x - like(t - earlier, x) * tangent, earlier, labels, lands=lands).to("velocity")
+        gap = later - earlier
+        du = (after - before) / like(torch.where(gap > 0, gap, torch.ones_like(gap)), x)
+    return u, du

@@ -18,7 +18,7 @@ from pliant.paths import TimeDensity, get_time_density, like
 from pliant.training.draws import Draws
 from pliant.training.objectives.base import Batch, Loss, drop_labels
 from pliant.training.objectives.jump_times import jump_times
-from pliant.training.objectives.jvp import velocity_and_derivative
+from pliant.training.objectives.jvp import velocity_and_derivative, velocity_and_difference
 
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
@@ -132,18 +132,41 @@ class MeanVelocity:
 
 
 @dataclass(frozen=True)
-class MeanFlow(MeanVelocity):
+class Derived(MeanVelocity):
+    """Losses of mean velocities with the derivative of the map along the trajectory."""
+
+    window: float = 0.0
+    """Time before and after over which the derivative is averaged; 0: the derivative at the point, as in the papers."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.window < 1.0:
+            raise ConfigError(f"the window of a derivative is a length of time in [0, 1), not {self.window}")
+
+    def derivative(
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, labels: Tensor, v: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(u, du): the map's mean velocity from t to s, and its change along velocities v, without gradient."""
+        if self.window:
+            return velocity_and_difference(denoiser, x, t, labels, v, s, self.window)
+        return velocity_and_derivative(denoiser, x, t, labels, v, lands=s)
+
+    def flops(self, denoiser: Denoiser) -> float:
+        return super().flops(denoiser) + (denoiser.flops() if self.window else 0.0)
+
+
+@dataclass(frozen=True)
+class MeanFlow(Derived):
     """`|| u - sg[v - (t - s) du/dt] ||^2`, each sample's divided by its size (power 1: robust, but uninformative as a
     number: `error` is logged)."""
 
     still: float = 0.75
 
     name = "mean-flow"
-    passes = 4.0  # the derivative is about one more forward pass
+    passes = 4.0  # the derivative at a point is about one more forward pass
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> Loss:
         t, s = jump_times(self.time, self.still, draws)
         x, labels, v = self.begin(denoiser, batch, draws, t)
-        u, du = velocity_and_derivative(denoiser, x, t, labels, v, lands=s)
+        u, du = self.derivative(denoiser, x, t, labels, v, s)
         error = squared_norm(u - (v - like(t - s, x) * du))
         return Loss(adaptive(error, self.power).mean(), {"error": error.detach().mean() / x[0].numel()})

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SplitMeanFlow(MeanVelocity):
     """Both halves of a jump, split at a random place, are the target of the whole; rows that land where they are learn
-    the velocity itself. No derivatives: for networks or devices without forward-mode differentiation."""
+    the velocity itself. No derivatives: for networks or devices without forward-mode differentiation.
+
+    The paper takes the halves from the current weights. Here the running average takes them, at the model's own patch
+    size: a student that changes its patch size and learns from itself diverged, since nothing holds what two of its
+    jumps add up to. Without an average (outside a training run) the halves are the current weights' own.
+    """
+
+    average: Denoiser | None = None
 
     name = "split-mean-flow"
     passes = 5.0
@@ -30,9 +37,10 @@ class SplitMeanFlow(MeanVelocity):
         share = draws.uniform().double()  # lambda, in [0, 1)
         x, labels, v = self.begin(denoiser, batch, draws, t)
         s = (1.0 - share) * t + share * r
+        model = self.average or denoiser
         with torch.no_grad():
-            first = denoiser(x, t, labels, lands=s).to("velocity")
-            second = denoiser(x - like(t - s, x) * first, s, labels, lands=r).to("velocity")
+            first = model(x, t, labels, lands=s).to("velocity")
+            second = model(x - like(t - s, x) * first, s, labels, lands=r).to("velocity")
         # (t - s)/(t - r) is lambda, also in the limit of jumps of no length, which learn v instead.
         both = like(share, x) * first + like(1.0 - share, x) * second
         target = torch.where((t == r)[:, None, None, None], v, both)
