@@ -6,6 +6,8 @@ student may take its first steps at a coarse patch (`plan.weak_steps`).
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pliant.distillation.recipe import PairsPart, Recipe, TrainPart
@@ -20,6 +22,9 @@ class Direct(Recipe):
     train: TrainPart = TrainPart()
     metric: MetricConfig = MetricConfig()
     class_dropout: float = Field(default=0.0, ge=0, le=1)
+    states: Literal["chord", "own"] = "chord"
+    """Of later steps: on the chord of the pair, or where the student's own earlier steps lead (twice the cost of a
+    training step for two, and later steps learn to correct earlier ones)."""
     patches: str = "all"
     """all: every step is trained at all patch sizes of a flexible model; own: at what the plan says alone."""
 
@@ -30,5 +35,6 @@ class Direct(Recipe):
             "plan": self.plan.model_dump(),
             "metric": self.metric.model_dump(),
             "class_dropout": self.class_dropout,
+            "states": self.states,
         }
         return work.train("distilled", work.teacher, work.flexible(objective, self.patches), self.train, store)

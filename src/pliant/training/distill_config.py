@@ -21,6 +21,7 @@ from pliant.training.objectives import (
     Objective,
     Phased,
     SegmentStraightening,
+    RolloutDistillation,
     StepDistillation,
 )
 from pliant.training.section import ObjectiveSection
@@ -39,6 +40,8 @@ class StepsConfig(ObjectiveSection):
     space: Kind = "velocity"
     class_dropout: float = Share
     coupling: CouplingConfig = CouplingConfig(name="stored")
+    states: Literal["chord", "own"] = "chord"
+    """Of later steps: on the chord of the pair, or where the student's own earlier steps lead from the pair's noise."""
 
     def build(self, denoiser: Denoiser) -> Objective:
         plan = self.plan.build(denoiser)
@@ -46,7 +49,8 @@ class StepsConfig(ObjectiveSection):
             raise ConfigError("distillation to steps needs a solver of one call per step, such as euler or ddim")
         # Networks in training run as they are stored: neither merged adapters nor another precision.
         steps = tuple((s.t, s.compute.of(s.compute.patch, merged=False)) for s in plan.steps)
-        return StepDistillation(
+        kind = StepDistillation if self.states == "chord" else RolloutDistillation
+        return kind(
             steps, self.metric.build(), prediction_type(self.space), self.class_dropout, self.coupling.build()
         )
 

@@ -15,6 +15,7 @@ from pliant.training.objectives.mmd import mmd_squared
 from pliant.training.objectives.phased import Phased
 from pliant.training.objectives.segments import SegmentStraightening
 from pliant.training.objectives.shared import MMDBootstrap, SharedPatches
+from pliant.training.objectives.rollout import RolloutDistillation
 from pliant.training.objectives.steps import StepDistillation
 from pliant.training.objectives.token_routers import TokenDistillation
 
@@ -38,6 +39,7 @@ __all__ = [
     "SegmentStraightening",
     "SharedPatches",
     "SizedBatch",
+    "RolloutDistillation",
     "StepDistillation",
     "TokenDistillation",
     "drop_labels",
