@@ -25,6 +25,7 @@ from pliant.training.objectives import (
     FlowMatching,
     InterpolantMatching,
     Phased,
+    RolloutDistillation,
     SegmentStraightening,
     SharedPatches,
     StepDistillation,
@@ -92,6 +93,39 @@ def test_one_step_sees_pure_noise() -> None:
 
     toy: Any = Spy(lambda x, t, y: straight_velocity(x, t, y), get_path("linear"))
     StepDistillation(((1.0, Compute()),))(toy, batch, Draws.single(6))
+
+
+def test_a_rollout_trains_later_steps_to_correct_earlier_ones() -> None:
+    """The first step lands beside the sample: the second is asked for what leads from there to the sample itself."""
+    batch, beside, two = straight_pairs(), 0.3, ((1.0, Compute()), (0.25, Compute()))
+    assert batch.sources is not None
+    z, x0 = batch.sources.flatten(1), batch.images.flatten(1)
+
+    def answer(x: Tensor, t: Tensor, copies: bool) -> Tensor:
+        if float(t[0]) == 1.0:
+            return z - (x0 + beside)
+        torch.testing.assert_close(x, 0.75 * (x0 + beside) + 0.25 * z)  # by Euler's step from the noise
+        return z - (x0 + beside) if copies else (x - x0) / wide(t, x)
+
+    def loss(copies: bool) -> Any:
+        toy: Any = Toy(lambda x, t, y: answer(x, t, copies), get_path("linear"))
+        return RolloutDistillation(two)(toy, batch, Draws.single(6))
+
+    assert float(loss(copies=False).logs["loss_step_1"]) == pytest.approx(beside**2, rel=1e-4)
+    assert float(loss(copies=False).logs["loss_step_2"]) < 1e-10
+    # Repeating the first answer ends beside the sample as the first step does: (0.3 / 0.25)^2 as a velocity.
+    assert float(loss(copies=True).logs["loss_step_2"]) == pytest.approx((beside / 0.25) ** 2, rel=1e-3)
+
+    # A step is trained by what it answers itself, not by where it leads the next one to.
+    network = tiny_denoiser(in_channels=1)
+    last = RolloutDistillation(two)(network, batch, Draws.single(6))
+    assert last.loss.requires_grad and not any(v.requires_grad for v in last.logs.values())
+    one = RolloutDistillation(two[:1])(network, batch, Draws.single(6))
+    same = StepDistillation(two[:1])(network, batch, Draws.single(6))
+    torch.testing.assert_close(one.loss, same.loss)
+    assert RolloutDistillation(two).flops(network) == 2 * StepDistillation(two).flops(network)
+    with pytest.raises(ConfigError, match="descending times from 1"):
+        RolloutDistillation(((0.5, Compute()),))
 
 
 # ------------------------------------------------------------------------------------------------------ SlimFlow

@@ -20,8 +20,8 @@ from pliant.training.objectives import (
     InterpolantMatching,
     Objective,
     Phased,
-    SegmentStraightening,
     RolloutDistillation,
+    SegmentStraightening,
     StepDistillation,
 )
 from pliant.training.section import ObjectiveSection

@@ -13,9 +13,9 @@ from pliant.training.objectives.flow_matching import FlowMatching
 from pliant.training.objectives.interpolant import InterpolantMatching
 from pliant.training.objectives.mmd import mmd_squared
 from pliant.training.objectives.phased import Phased
+from pliant.training.objectives.rollout import RolloutDistillation
 from pliant.training.objectives.segments import SegmentStraightening
 from pliant.training.objectives.shared import MMDBootstrap, SharedPatches
-from pliant.training.objectives.rollout import RolloutDistillation
 from pliant.training.objectives.steps import StepDistillation
 from pliant.training.objectives.token_routers import TokenDistillation
 
@@ -36,10 +36,10 @@ __all__ = [
     "Objective",
     "PatchDistillation",
     "Phased",
+    "RolloutDistillation",
     "SegmentStraightening",
     "SharedPatches",
     "SizedBatch",
-    "RolloutDistillation",
     "StepDistillation",
     "TokenDistillation",
     "drop_labels",

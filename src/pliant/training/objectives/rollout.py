@@ -1,14 +1,15 @@
 """Direct distillation along the student's own steps: what it meets when it samples is what it is trained on.
 
-States of a pair's chord contain the exact sample, so a second step that is trained on them copies what the first one
-predicted, errors included. Here the state of a later step is where the student's earlier steps lead, from the pair's noise
-(DMD2's backward simulation, arXiv 2405.14867, 4.5, with pairs), and the target is the sample still: later steps learn to
-correct earlier ones.
+States of a pair's chord contain the exact sample, so a second step that is trained on them copies what the first
+one predicted, errors included. Here the state of a later step is where the student's earlier steps lead, from the
+pair's noise (DMD2's backward simulation, arXiv 2405.14867, 4.5, with pairs), and the target is the sample still: later
+steps learn to correct earlier ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RolloutDistillation:
-    """Mean over the steps (t, compute) of a plan of `metric(f(x_t, t; compute), x0)`, in `space`, x_t by the steps before.
+    """Mean over the steps (t, compute) of a plan of `metric(f(x_t, t; compute), x0)`, in `space`.
 
     The plan starts at t = 1; between steps the state moves as DDIM does (on the linear path, as Euler) and carries no
     gradient. Every batch goes through all steps: with k steps, k times the cost of `StepDistillation`'s one.
@@ -58,7 +59,7 @@ class RolloutDistillation:
         for k, (t, (_, compute)) in enumerate(zip(times, self.steps, strict=True)):
             prediction = denoiser(x, t, labels, compute)
             target = path.convert(ends.x0, x, t, "sample", self.space)
-            compared = Compared(prediction.to(self.space), target, t, lambda p=prediction: p.to("sample"), ends.x0)
+            compared = Compared(prediction.to(self.space), target, t, partial(prediction.to, "sample"), ends.x0)
             losses.append(self.metric(compared).mean())
             if k + 1 < len(times):
                 with torch.no_grad():
