@@ -16,7 +16,8 @@ settings.load_profile("repeatable")
 # No test may wait for a network; set before anything imports huggingface_hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Nor see what was measured on this machine before, or leave something behind.
-os.environ["PLIANT_CACHE"] = tempfile.mkdtemp(prefix="pliant-tests-")
+_cache = tempfile.TemporaryDirectory(prefix="pliant-tests-")  # removed when the interpreter ends
+os.environ["PLIANT_CACHE"] = _cache.name
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PLIANT_SHARED", ROOT.parent / "shared"))
