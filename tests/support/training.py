@@ -43,6 +43,32 @@ def tiny_config(output: Path, **changes: Any) -> TrainConfig:
     return parse_config({**tree, **changes})
 
 
+TINY_FLEXIBLE: dict[str, Any] = {
+    "input_size": [4, 4], "in_channels": 1, "width": 32, "depth": 2, "heads": 2, "num_classes": 2,
+    "train_sides": [4, 8], "train_pixels": [16, 32],
+}  # fmt: skip
+
+
+def pictures(folder: Path) -> Path:
+    """Twelve grey images of four sizes in two classes; the folder."""
+    from PIL import Image
+
+    for i, size in enumerate([(4, 4), (4, 6), (8, 4), (6, 4)] * 3):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, 20 * i).save(folder / "ab"[i % 2] / f"{i}.png")
+    return folder
+
+
+def packs(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """Packs of several sizes at a random patch size: each step leaves the other patch size without gradient."""
+    return {
+        "model": {"flexible": TINY_FLEXIBLE}, "objective": {"name": "any_size"},
+        "data": {"source": str(folder), "side": 8, "flip": True},
+        "steps": 4, "tokens": 64, "checkpointing": True, "log_every": 1, "checkpoint": {"every": 2},
+        "output": str(output), **changes,
+    }  # fmt: skip
+
+
 class Formula(Backbone):
     """A network that is a function of (x, network time, labels), with the interface that a denoiser needs."""
 

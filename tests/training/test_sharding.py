@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -15,32 +14,9 @@ from pliant.training import parse_config, train
 from pliant.training.checkpoint import load_checkpoint
 from pliant.training.objectives import FlowMatching
 from pliant.training.sharding import check_sharded
-from support.training import TINY_DIT, tiny_config
+from support.training import TINY_DIT, packs, pictures, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
-FLEXIBLE = {
-    "input_size": [4, 4], "in_channels": 1, "width": 32, "depth": 2, "heads": 2, "num_classes": 2,
-    "train_sides": [4, 8], "train_pixels": [16, 32],
-}  # fmt: skip
-
-
-def pictures(folder: Path) -> Path:
-    from PIL import Image
-
-    for i, size in enumerate([(4, 4), (4, 6), (8, 4), (6, 4)] * 3):
-        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.new("L", size, 20 * i).save(folder / "ab"[i % 2] / f"{i}.png")
-    return folder
-
-
-def packs(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Packs of several sizes at a random patch size: each step leaves the other patch size without gradient."""
-    return {
-        "model": {"flexible": FLEXIBLE}, "objective": {"name": "any_size"},
-        "data": {"source": str(folder), "side": 8, "flip": True},
-        "steps": 4, "tokens": 64, "checkpointing": True, "log_every": 1, "checkpoint": {"every": 2},
-        "output": str(output), **changes,
-    }  # fmt: skip
 
 
 def launched(*files: Path) -> subprocess.CompletedProcess[str]:

@@ -49,6 +49,8 @@ WORTH_IT = 2**21
 
 def _prefers_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether a plain fp32 product is better done by oneDNN. A function of shapes and the machine alone."""
+    if torch.compiler.is_compiling():  # what asks the machine would cut the compiled graph in two
+        return False
     return math.prod(x.shape) * weight.shape[0] >= WORTH_IT and mkl_is_slow()
 
 

@@ -52,6 +52,8 @@ class TrainConfig(Section):
     """bf16: autocast; weights, optimizer and EMA stay float32."""
     checkpointing: bool = False
     """Compute every block again in the backward pass instead of keeping its activations: less memory, more time."""
+    compile: bool = False
+    """Compile blocks at their first calls (`torch.compile`), which takes a minute or more."""
     seed: int = Field(default=0, ge=0)
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
