@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pliant
 from pliant import Compute, Denoiser, Plan
+from pliant.adapters.flow_map import flow_map
 from pliant.compute import counted_flops
 from pliant.compute.cost import parameter_count
 from pliant.errors import ConfigError, FormatError, PlanError, ShapeError
@@ -240,3 +241,35 @@ def test_requests_of_different_sizes_wait_in_one_batcher() -> None:
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
     with pytest.raises(PlanError, match=r"request 1: size 7x8 is no multiple"):
         sample_together(model, [requests[0], Request(plan, [1], size=(7, 8))])
+
+
+def test_a_new_flow_map_is_the_network_it_was_made_of_at_every_size_and_patch(tmp_path: Path) -> None:
+    model = denoiser(patch_sizes=((1, 1), (2, 2)))
+    made = flow_map(model)
+    assert not model.config.flow_map and "flow_map" not in model.config.to_dict()
+    for size, patch in (((8, 6), (1, 1)), ((4, 8), (2, 2))):
+        x, call = states(*size), Compute(patch=patch)
+        plain = model.at_size(size)(x, 0.7, LABELS, call).value
+        assert torch.equal(made.at_size(size)(x, 0.7, LABELS, call, lands=0.1).value, plain)
+        jumping = flow_map(model)
+        jumping.network.jump_embed.fc2.weight.data.normal_(std=0.2)  # type: ignore[union-attr]
+        assert not torch.equal(jumping.at_size(size)(x, 0.7, LABELS, call, lands=0.1).value, plain)
+        assert jumping.flops(call) == pytest.approx(
+            counted_flops(lambda c=call, m=jumping: m(states(8, 6, batch=1), 0.7, LABELS[:1], c, lands=0.1)), rel=0.01  # type: ignore[misc]
+        )
+    plan = Plan.weak_to_powerful(jumping, 2, weak_steps=1, solver="jump")
+    pliant.save(jumping, tmp_path / "map")
+    again = pliant.load(tmp_path / "map")
+    assert torch.equal(pliant.sample(again, plan, [1], [0]), pliant.sample(jumping, plan, [1], [0]))
+    assert parameter_count(jumping.config.shape()) + patch_parameters(jumping) == sum(
+        p.numel() for p in jumping.network.parameters()
+    )
+    with pytest.raises(ConfigError, match="a flow map already"):
+        flow_map(made)
+
+
+def patch_parameters(model: Denoiser) -> int:
+    """Of the conditioning vector of the own patch size and of all of the other sizes."""
+    network = model.network
+    own, *others = (network.mode(patch) for patch in network.patch_sizes)  # type: ignore[operator]
+    return own.embedding.numel() + sum(p.numel() for mode in others for p in mode.parameters())

@@ -6,13 +6,13 @@ import copy
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from pliant.adapters.flexible_dit import FlexiDiT
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
 from pliant.models.dit import DiT
-from pliant.models.layers import TimestepEmbedder
+from pliant.models.flexible import FlexibleTransformer
+from pliant.models.layers import TimestepEmbedder, reset_jump
 
 
 def flow_map(denoiser: Denoiser, *, seed: int = 0) -> Denoiser:
@@ -23,20 +23,21 @@ def flow_map(denoiser: Denoiser, *, seed: int = 0) -> Denoiser:
     Patch sizes are kept. Raises ConfigError for a flow map and for networks with exits, routers or routed width.
     """
     network = denoiser.network
-    if not isinstance(network, DiT | FlexiDiT):
-        raise ConfigError("a flow map is made of a plain or flexible network, not of one with exits or routers")
+    if not isinstance(network, DiT | FlexiDiT | FlexibleTransformer):
+        raise ConfigError(
+            f"a flow map is made of a DiT, one made flexible, or the native flexible network, without exits and "
+            f"routers; this is a {type(network).__name__}"
+        )
     if denoiser.config.flow_map:
         raise ConfigError("this model is a flow map already")
     network = copy.deepcopy(network)
     plain = network.base if isinstance(network, FlexiDiT) else network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        embedder = TimestepEmbedder(plain.config.width, plain.config.frequency_divisor)
-        nn.init.normal_(embedder.fc1.weight, std=0.02)
-    for tensor in (embedder.fc1.bias, embedder.fc2.weight, embedder.fc2.bias):
-        nn.init.zeros_(tensor)
-    weight = plain.modulation.weight
+        embedder = TimestepEmbedder(plain.config.width, plain.time_embed.divisor)
+        reset_jump(embedder)
+    weight = plain.time_embed.fc1.weight
     plain.jump_embed = embedder.to(weight.device, weight.dtype)
-    plain.config = replace(plain.config, flow_map=True)
-    network.config = replace(network.config, flow_map=True)
+    for part in {plain, network}:
+        part.config = replace(part.config, flow_map=True)
     return replace(denoiser, network=network, forward=None)

@@ -18,7 +18,7 @@ from pliant.compute import Compute, TransformerShape
 from pliant.compute.sites import SiteModel
 from pliant.errors import ConfigError, ShapeError
 from pliant.mappings import from_mapping, to_mapping
-from pliant.models.layers import Block, TimestepEmbedder, modulated_norm
+from pliant.models.layers import Block, TimestepEmbedder, embed_times, modulated_norm, reset_jump
 from pliant.models.network import Backbone, NetworkConfig, Size
 from pliant.models.patches import patch_pair, patchify, token_grid, unpatchify
 from pliant.models.positions import patch_positions
@@ -211,11 +211,9 @@ class DiT(Backbone):
         nn.init.normal_(self.label_embed.weight, std=0.02)
         nn.init.normal_(self.time_embed.fc1.weight, std=0.02)
         nn.init.normal_(self.time_embed.fc2.weight, std=0.02)
-        zero = [self.modulation, self.head]
         if self.jump_embed is not None:
-            nn.init.normal_(self.jump_embed.fc1.weight, std=0.02)
-            zero.append(self.jump_embed.fc2)
-        for layer in zero:
+            reset_jump(self.jump_embed)
+        for layer in (self.modulation, self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -230,15 +228,7 @@ class DiT(Backbone):
 
     def embed_time(self, t: Tensor) -> Tensor:
         """(B,) network times, or (B, 2) of a flow map -> (B, D). Raises ShapeError for the other kind."""
-        if t.ndim != (1 if self.jump_embed is None else 2):
-            told = "one time" if self.jump_embed is None else "two times, where it is and where it lands"
-            raise ShapeError(f"this network is told {told} per sample; got times of shape {tuple(t.shape)}")
-        if self.jump_embed is None:
-            out: Tensor = self.time_embed(t)
-            return out
-        # The length of the jump, not its end: one number whose zero means the plain velocity at every time.
-        jump: Tensor = self.time_embed(t[:, 0]) + self.jump_embed(t[:, 0] - t[:, 1])
-        return jump
+        return embed_times(t, self.time_embed, self.jump_embed)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.forward_modulated(x, self.modulations(t, y))

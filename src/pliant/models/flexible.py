@@ -24,7 +24,7 @@ from pliant.compute.sites import SiteModel
 from pliant.errors import ConfigError, PlanError, ShapeError
 from pliant.models.dit import scale_rows
 from pliant.models.flexible_config import FlexibleConfig as FlexibleConfig
-from pliant.models.layers import TimestepEmbedder, modulated_norm
+from pliant.models.layers import TimestepEmbedder, embed_times, modulated_norm, reset_jump
 from pliant.models.network import Backbone, Size, Taps, named
 from pliant.models.patch_mode import PatchMode
 from pliant.models.patches import grid_of, patch_name, unpatchify
@@ -58,6 +58,7 @@ class FlexibleTransformer(Backbone):
         self.checkpointing = False
         """Whether training recomputes every block in the backward pass instead of keeping its activations."""
         self.time_embed = TimestepEmbedder(config.width, 128)
+        self.jump_embed = TimestepEmbedder(config.width, 128) if config.flow_map else None
         self.label_embed = nn.Embedding(config.label_rows, config.width)
         self.modulation = LowRankModulation(config.depth, config.width, config.modulation_rank)
         self.blocks = nn.ModuleList(
@@ -76,6 +77,8 @@ class FlexibleTransformer(Backbone):
         nn.init.normal_(self.label_embed.weight, std=0.02)
         nn.init.normal_(self.time_embed.fc1.weight, std=0.02)
         nn.init.normal_(self.time_embed.fc2.weight, std=0.02)
+        if self.jump_embed is not None:
+            reset_jump(self.jump_embed)
         self.modulation.reset_parameters()
         own = self.mode(self.config.patch_size)
         nn.init.xavier_uniform_(own.weight.data.view(self.config.width, -1))
@@ -185,8 +188,11 @@ class FlexibleTransformer(Backbone):
         return cos.to(device), sin.to(device)
 
     def modulations(self, t: Tensor, y: Tensor, patch: Size | None = None) -> Tensor:
-        """(B,) network times and (B,) labels -> (B, 6*depth + 2, D), every scale already increased by 1."""
-        c = self.time_embed(t) + self.label_embed(y) + self.mode(patch).embedding
+        """(B,) network times and (B,) labels -> (B, 6*depth + 2, D), every scale already increased by 1.
+
+        Of a flow map the times are pairs (B, 2): where the state is and where the step lands.
+        """
+        c = embed_times(t, self.time_embed, self.jump_embed) + self.label_embed(y) + self.mode(patch).embedding
         rows: Tensor = self.modulation(c)
         return rows + scale_rows(self.config.depth, rows)
 

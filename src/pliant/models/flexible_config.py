@@ -41,6 +41,9 @@ class FlexibleConfig:
     train_pixels: tuple[int, int] | None = None
     """Fewest and most pixels of training states; None: the squares of train_sides and everything between."""
 
+    flow_map: bool = False
+    """Also told where a step lands, so that one call predicts a whole jump: network times are pairs (B, 2)."""
+
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "input_size", tuple(self.input_size))
@@ -84,11 +87,6 @@ class FlexibleConfig:
         return False
 
     @property
-    def flow_map(self) -> bool:
-        """Never yet: calls tell it one time."""
-        return False
-
-    @property
     def out_channels(self) -> int:
         return self.in_channels
 
@@ -127,10 +125,13 @@ class FlexibleConfig:
             block_hidden=(self.mlp_hidden,) * self.depth,
             gated=True,
             modulation_rank=self.modulation_rank,
+            time_embedders=2 if self.flow_map else 1,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in to_mapping(self).items() if v is not None}
+        # Networks that jump nowhere do not mention it, so that identities made before there were flow maps stay.
+        values = {k: v for k, v in to_mapping(self).items() if v is not None}
+        return values if self.flow_map else {k: v for k, v in values.items() if k != "flow_map"}
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> FlexibleConfig:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pliant.errors import ShapeError
 from pliant.models import kernels
 
 
@@ -41,6 +42,29 @@ class TimestepEmbedder(nn.Module):
         features = timestep_features(t, 256, self.divisor).to(self.fc1.weight.dtype)
         hidden: Tensor = self.fc2(F.silu(self.fc1(features)))
         return hidden
+
+
+def embed_times(t: Tensor, time: TimestepEmbedder, jump: TimestepEmbedder | None) -> Tensor:
+    """(B,) network times, or with `jump` pairs (B, 2), where a state is and where its step lands -> (B, D).
+
+    Raises ShapeError for the other kind.
+    """
+    if t.ndim != (1 if jump is None else 2):
+        told = "one time" if jump is None else "two times, where it is and where it lands"
+        raise ShapeError(f"this network is told {told} per sample; got times of shape {tuple(t.shape)}")
+    if jump is None:
+        alone: Tensor = time(t)
+        return alone
+    # The length of the jump, not its end: one number whose zero means the plain velocity at every time.
+    both: Tensor = time(t[:, 0]) + jump(t[:, 0] - t[:, 1])
+    return both
+
+
+def reset_jump(jump: TimestepEmbedder) -> None:
+    """Start of a flow map's second embedder: N(0, 0.02), then zeros, so that lengths change nothing at first."""
+    nn.init.normal_(jump.fc1.weight, std=0.02)
+    for tensor in (jump.fc1.bias, jump.fc2.weight, jump.fc2.bias):
+        nn.init.zeros_(tensor)
 
 
 class LowRank(nn.Module):
