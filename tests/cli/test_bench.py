@@ -42,6 +42,20 @@ def test_bench_in_text_to_a_file(plain: Path, run: Run, tmp_path: Path, own_cach
     refused(run("bench", plain, "--unmerged"), "one patch size")
 
 
+def test_bench_adjusts_a_kept_table(plain: Path, run: Run) -> None:
+    model = pliant.load(plain)
+    refused(run("bench", plain, "--adjust"), "no table", "pliant bench")
+    synthetic_table(model).save(cache_file(model))
+    done = run("bench", plain, "--adjust", "--json").json
+    made = Throughput.load(cache_file(model))
+    assert done["table"] == made.to_dict() and done["pace"] == pytest.approx(made.measured["adjusted"], rel=1e-3)
+    plan = Plan.uniform(model, 4)
+    before, now = (Prices(t, model).plan(plan).seconds for t in (synthetic_table(model), made))
+    assert now == pytest.approx(done["pace"] * before, rel=1e-3)
+    assert "times as long" in run("bench", plain, "--adjust").out
+    refused(run("bench", plain, "--adjust", "--rows", 3), "leave out")
+
+
 def test_budgets_in_seconds(flexible: Path, run: Run, tmp_path: Path) -> None:
     model = pliant.load(flexible)
     table = synthetic_table(model, (None, "bf16"))

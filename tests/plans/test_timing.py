@@ -5,6 +5,7 @@ except the last test, which only asks that measuring gives a complete table.
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from pliant.guidance import Guidance
 from pliant.plans import Budget, Plan, Sampler, parse_budget
 from pliant.plans.calls import Call
 from pliant.plans.timing import Curve, Machine, Prices, Throughput, cache_file, cached_table, this_machine
+from pliant.plans.timing.adjust import adjusted
 from pliant.plans.timing.measure import measure
 from pliant.plans.timing.ready import ready_table
 from support.throughput import OUTSIDE, PIECES, foreign, line, synthetic_table
@@ -401,6 +403,25 @@ def test_measuring_gives_a_table_that_prices_everything(make) -> None:
         assert found.seconds >= found.least >= 0.0
         Sampler(model, plan)  # and the plan is one that runs
     assert Throughput.from_dict(table.to_dict()) == table
+
+
+def test_a_table_follows_the_machine(make) -> None:
+    """Where every step takes 30 ms, a table that says otherwise is scaled by what plain runs show, all of it."""
+    model = make()
+    table = synthetic_table(model, ("fp32",))
+    made = adjusted(table, model, 2, Clock())
+    plan = Plan.uniform(model, 12, "ddim")
+    before = Prices(table, model, 2)
+    plain = [Plan.uniform(model, 12, "ddim", Compute(patch=patch, precision="fp32")) for patch in model.patch_sizes]
+    factor = made.measured["adjusted"]
+    assert factor == pytest.approx(statistics.median(12 * 0.03 / before.plan(p).seconds for p in plain), rel=1e-3)
+    again = adjusted(made, model, 2, Clock())
+    assert again.measured["adjusted"] == pytest.approx(factor, rel=1e-3)  # of what was measured, not of the last time
+    for unit, curve in table.outside.items():
+        assert made.outside[unit].at(3) == pytest.approx(factor * curve.at(3), rel=1e-3)
+    assert Prices(made, model, 2).plan(plan).seconds == pytest.approx(factor * before.plan(plan).seconds, rel=1e-3)
+    with pytest.raises(PlanError, match="no patch size"):
+        adjusted(replace(table, networks={}), model)
 
 
 def test_a_table_is_measured_when_first_needed_and_kept(make, monkeypatch) -> None:

@@ -21,6 +21,7 @@ Examples:
   pliant bench digits                                 every patch size, in this machine's own precision
   pliant bench digits --precision fp32 --precision bf16
   pliant bench digits --rows 32 --rows 64             for batches larger than 8 guided images
+  pliant bench digits --adjust                        a second or two: the kept table at the machine's present speed
   pliant bench DiT-S-2.pt --device cuda -o table.json
   pliant plan digits --budget "350 ms" --steps 20     uses what was measured
 """
@@ -55,6 +56,10 @@ def bench(
     unmerged: Annotated[
         bool, typer.Option("--unmerged", help="Measure patch sizes with unmerged adapters, too.")
     ] = False,
+    adjust: Annotated[
+        bool,
+        typer.Option("--adjust", help="Only bring the kept table to the machine's present speed, by a few plain runs."),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="File to write. Default: the user's cache, where plans find it."),
@@ -75,6 +80,11 @@ def bench(
 
     opened = open_model(model, format, option, device)
     denoiser = opened.denoiser
+    if adjust:
+        if precision or rows or unmerged:
+            raise ConfigError("--adjust measures nothing new: leave out --precision, --rows and --unmerged")
+        _adjust(opened.name, denoiser, out or cache_file(denoiser), json)
+        return
     computes = default_computes(denoiser, precision or (None,))
     if unmerged:
         if len(denoiser.patch_sizes) < 2:
@@ -105,6 +115,24 @@ def bench(
     step, begin = (1e6 * made.outside[unit].at(1) for unit in ("step", "begin"))
     print(f"around the calls of one image: {step:.0f} us per step, {begin:.0f} us to begin")
     print(f"measured in {time.monotonic() - began:.1f} s; {file} written")
+
+
+def _adjust(name: str, model: Denoiser, file: Path, json: bool) -> None:
+    """The table in `file`, or the kept one, times the present pace, in `file`."""
+    from pliant.plans.timing import Throughput, cached_table
+    from pliant.plans.timing.adjust import adjusted
+
+    kept = Throughput.load(file) if file.exists() else cached_table(model)
+    if kept is None:
+        raise ConfigError(f"there is no table of {name} to adjust; measure it: pliant bench {name}")
+    kept.check(model)
+    made = adjusted(kept, model)
+    made.save(file)
+    factor = made.measured["adjusted"] / float(kept.measured.get("adjusted", 1.0))
+    if json:
+        emit_json({"file": str(file), "pace": factor, "table": made.to_dict()})
+        return
+    print(f"plain runs now take {factor:.2f} times as long as the table said; {file} adjusted")
 
 
 def rows_of(made: Throughput, model: Denoiser) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -157,7 +157,8 @@ class _Kind:
         """By what share a call of one row takes longer now than before: what a busy machine does to a table."""
         run = cycled(self.model, [self.base], STEPS if before < SLOW else FEW, self.weights)
         around = self.outside["step"].at(1) + self.outside["update"].at(1)
-        return (steady(in_turns({"call": run}, 1, self.watch, before >= SLOW)["call"]) - around) / before - 1.0
+        again = steady(in_turns({"call": run}, 1, self.watch, before >= SLOW)["call"]) - around
+        return again / before - 1.0 if before > 0.0 else 0.0
 
     def other(self) -> Compute | None:
         """A call of another network of the same model, if it has patch sizes to choose from."""

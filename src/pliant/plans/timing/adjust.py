@@ -1,0 +1,57 @@
+"""A throughput table brought to the machine's present speed, by a few runs instead of a new measurement.
+
+A machine that cools, throttles or is shared runs everything faster or slower than on the day of the table, by nearly
+the same factor: plain runs say by which.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from datetime import date
+
+import torch
+
+from pliant.denoiser import Denoiser
+from pliant.errors import PlanError
+from pliant.plans.engine import Weights
+from pliant.plans.sampling import Sampler
+from pliant.plans.timing.measure import default_computes
+from pliant.plans.timing.pricing import Prices
+from pliant.plans.timing.stepping import FEW, SLOW, STEPS, Clock, Stopwatch, cycled, in_turns
+from pliant.plans.timing.table import Throughput, network_kind
+
+
+def gauges(table: Throughput, model: Denoiser) -> dict[str, Sampler]:
+    """Plain samplers of every kind of network of the table's. Raises PlanError if it knows none of the model's."""
+    found, weights = dict[str, Sampler](), Weights()
+    precisions = sorted({kind.rsplit(" ", 1)[-1] for kind in table.networks} - {"unmerged"})
+    for compute in default_computes(model, precisions):
+        kind = network_kind(model, compute)
+        if kind in table.networks and kind not in found:
+            slow = table.networks[kind]["call"].at(1) > SLOW
+            found[kind] = cycled(model, [compute], FEW if slow else STEPS, weights)
+    if not found:
+        raise PlanError("this throughput table knows no patch size of the model; measure with 'pliant bench MODEL'")
+    return found
+
+
+@torch.no_grad()
+def pace(table: Throughput, model: Denoiser, batch: int = 1, clock: Clock = time.perf_counter) -> float:
+    """How many times as long plain runs take now as the table says: their median. Takes about a second."""
+    samplers = gauges(table, model)
+    prices = Prices(table, model, batch)
+    predicted = {kind: prices.plan(sampler.plan).seconds for kind, sampler in samplers.items()}
+    slow = max(predicted.values()) > SLOW * STEPS
+    taken = in_turns(samplers, batch, Stopwatch(model.device, clock), slow)
+    return statistics.median(sum(taken[kind]) / predicted[kind] for kind in samplers)
+
+
+def adjusted(
+    table: Throughput, model: Denoiser, batch: int = 1, clock: Clock = time.perf_counter
+) -> Throughput:
+    """The table times the machine's present `pace`; `measured` says so."""
+    factor = pace(table, model, batch, clock)
+    before = float(table.measured.get("adjusted", 1.0))
+    facts = {"adjusted": round(before * factor, 4), "adjusted_on": date.today().isoformat()}
+    return table.scaled(factor, facts)
