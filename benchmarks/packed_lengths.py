@@ -7,12 +7,14 @@ The sizes are those of real photos (nothing cropped, FiTv2's resize rule, 16 pix
 drawn at random, as in training stages that mix resolutions. Batches are drawn at random (not sorted by size), 24 images.
 
 - packed: `FlexibleTransformer.forward_packed`: one product per linear over all tokens, attention size by size.
-- padded: every image padded to the longest of its batch, attention masked; the same weights, the same blocks' parts.
-- one by one: a call per image.
-- sorted packs: what training really uses (`Packs`): a token budget filled size by size.
+- padded: every image padded to the longest of its batch, attention masked, PyTorch's fused attention; the same weights,
+  the same blocks' parts.
+- padded, our attention: the same with `kernels.attention`, which is another one in bf16 training on CPUs.
+- sampler's packs: what training really uses (`Packs`): a token budget filled size by size. As many images, others.
+- one by one (`--alone`): a call per image.
 
-Attention alone, on the same batches: by size (ours), one masked row, `torch.nested`, FlexAttention where it runs.
-Seconds of processor time (one thread) per 1000 images, medians; the ratio is padded / packed.
+Attention alone (`--attention`), on the same batches: by size (ours), one masked row, `torch.nested`, FlexAttention where it runs.
+Seconds of processor time (one thread) per 1000 images, medians; ratios to packed: median [least, most] of the rounds.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pliant.models import kernels
 from pliant.models.flexible import FlexibleConfig, FlexibleTransformer
 from pliant.models.layers import modulated_norm
 from pliant.models.rope import apply_rope
@@ -79,7 +83,14 @@ class Batch:
         return len(self.t)
 
 
-def padded(network: FlexibleTransformer, batch: Batch) -> list[Tensor]:
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def padded(network: FlexibleTransformer, batch: Batch, attend: Attend = fused) -> list[Tensor]:
     """The usual way: one row per image, padded to the longest, padding masked out of attention."""
     mode, rows = network.mode(None), network.modulations(batch.t, batch.y)
     tokens = [mode.embed(x) for x in batch.groups]
@@ -98,7 +109,7 @@ def padded(network: FlexibleTransformer, batch: Batch) -> list[Tensor]:
         qkv = block.qkv(modulated_norm(x, m[:, 0], m[:, 1], EPS))  # type: ignore[operator]
         q, k, v = qkv.view(*x.shape[:2], 3, block.heads, -1).permute(2, 0, 3, 1, 4)
         q, k = (apply_rope(F.layer_norm(u, u.shape[-1:], eps=EPS), cos, sin) for u in (q, k))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        out = attend(q, k, v, mask).transpose(1, 2).flatten(2)
         x = torch.addcmul(x, m[:, 2, None], block.proj(out))  # type: ignore[operator]
         x = torch.addcmul(x, m[:, 5, None], block.mlp(modulated_norm(x, m[:, 3], m[:, 4], EPS)))  # type: ignore[operator]
     counts = [len(g) for g in batch.groups]
@@ -172,8 +183,8 @@ def clock(device: torch.device) -> float:
     return time.process_time()
 
 
-def timed(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float | None]:
-    """Median seconds of each, interleaved; None for what does not run here."""
+def timed(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float] | None]:
+    """Seconds of each in every round, interleaved; None for what does not run here."""
     seconds: dict[str, list[float] | None] = {name: [] for name in ways}
     for round_ in range(rounds + 1):  # the first warms up
         for name, way in ways.items():
@@ -189,7 +200,11 @@ def timed(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device)
                 continue
             if round_:
                 taken.append(clock(device) - start)
-    return {name: None if taken is None else statistics.median(taken) for name, taken in seconds.items()}
+    return seconds
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 def main() -> None:
@@ -200,6 +215,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    parser.add_argument("--attention", action="store_true", help="time attention alone too")
+    parser.add_argument("--alone", action="store_true", help="time a call per image too")
     parser.add_argument("--flex", action="store_true", help="time FlexAttention too, which compiles first")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -229,34 +247,48 @@ def main() -> None:
             )
         print(f"{name}: {len(set(sizes))} sizes, padding multiplies tokens by {waste:.2f}, outputs differ by {off:.1e}")
         found: dict[str, Any] = {"padding": waste, "difference": off}
-        for what in ("inference", "training"):
-            ways: dict[str, Callable[[], Any]] = {}
-            for way in (packed, padded, one_by_one):
-
-                def call(way: Any = way, what: str = what, batches: list[Batch] = batches) -> None:
-                    for batch in batches:
-                        with torch.set_grad_enabled(what == "training"):
-                            outs = way(network, batch)
-                        if what == "training":
-                            torch.cat([o.flatten() for o in outs]).square().mean().backward()  # type: ignore[no-untyped-call]
-
-                ways[way.__name__.replace("_", " ")] = call
-            seconds = timed(ways, args.rounds, device)
-            per = {k: None if v is None else 1000 * v / (IMAGES * len(batches)) for k, v in seconds.items()}
-            ratio = (seconds["padded"] or 0) / (seconds["packed"] or 1)
-            print(f"  {what}: " + ", ".join(f"{k} {v:.1f} s" for k, v in per.items() if v is not None)
-                  + f" per 1000 images; padded / packed {ratio:.2f}")  # fmt: skip
-            found[what] = {**per, "ratio": ratio}
         tokens = torch.tensor([h * w // 4 for h, w in sizes])
         budget = IMAGES * int(tokens.float().mean())
         packs = Packs(torch.tensor(sizes), tokens, budget, seed=0)
         members = [packs.members(k) for k in range(20)]
+        sampled = [Batch([sizes[i] for i in m], config.in_channels, device) for m in members[: 2 * args.batches]]
+        for what in ("inference", "training"):
+            ways: dict[str, Callable[[], Any]] = {}
+            images: dict[str, int] = {}
+            own = partial(padded, attend=kernels.attention)
+            choices: list[tuple[str, Any, list[Batch]]] = [
+                ("packed", packed, batches), ("padded", padded, batches), ("padded, our attention", own, batches),
+                ("sampler's packs", packed, sampled),
+            ]  # fmt: skip
+            for label, way, given in [*choices, *([("one by one", one_by_one, batches)] if args.alone else [])]:
+
+                def call(way: Any = way, what: str = what, given: list[Batch] = given) -> None:
+                    for batch in given:
+                        with torch.set_grad_enabled(what == "training"), torch.autocast(
+                            device.type, torch.bfloat16, enabled=args.precision == "bf16"
+                        ):
+                            outs = way(network, batch)
+                        if what == "training":
+                            torch.cat([o.float().flatten() for o in outs]).square().mean().backward()  # type: ignore[no-untyped-call]
+
+                ways[label], images[label] = call, sum(map(len, given))
+            rounds = timed(ways, args.rounds, device)
+            per = {k: [1000 * s / images[k] for s in v] for k, v in rounds.items() if v is not None}
+            print(f"  {what}, seconds per 1000 images: " + ", ".join(
+                f"{k} {statistics.median(v):.1f}" for k, v in per.items()))  # fmt: skip
+            ratios = {k: [a / b for a, b in zip(v, per["packed"], strict=True)] for k, v in per.items() if k != "packed"}
+            print("    over packed: " + ", ".join(f"{k} {spread(v)}" for k, v in ratios.items()))
+            found[what] = {"per_1000_images": per, "ratios": ratios}
         fill = sum(int(tokens[m].sum()) for m in members) / (20 * budget)
         kinds = sum(len({sizes[i] for i in m}) for m in members) / 20
         print(f"  packs of {budget} tokens: {fill:.1%} full, {kinds:.1f} sizes in each")
         found["packs"] = {"budget": budget, "fill": fill, "sizes": kinds}
+        if not args.attention:
+            report["mixes"][name] = found
+            continue
         with torch.no_grad():
-            alone_ = timed(attentions(args.width // 64, sorted(lengths[0]), device, args.flex), args.rounds, device)
+            each = timed(attentions(args.width // 64, sorted(lengths[0]), device, args.flex), args.rounds, device)
+        alone_ = {k: None if v is None else statistics.median(v) for k, v in each.items()}
         print("  attention alone: " + ", ".join(f"{k} {1e3 * v:.1f} ms" for k, v in alone_.items() if v is not None))
         found["attention_seconds"] = alone_
         report["mixes"][name] = found

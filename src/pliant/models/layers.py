@@ -175,5 +175,5 @@ class Block(nn.Module):
         """Multi-head self-attention of (B, N, D), fused qkv, no masking unless a mask is given."""
         b, n, _ = x.shape
         q, k, v = linear(x, self.qkv, get("qkv")).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = kernels.attention(q, k, v, mask)
         return linear(out.transpose(1, 2).reshape(b, n, -1), self.proj, get("proj"))

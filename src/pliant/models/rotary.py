@@ -54,7 +54,7 @@ class RotaryBlock(nn.Module):
         q, k, v = qkv.view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if self.qk_norm:
             q, k = (F.layer_norm(u, u.shape[-1:], eps=EPS) for u in (q, k))
-        out = F.scaled_dot_product_attention(apply_rope(q, *rope), apply_rope(k, *rope), v, attn_mask=mask)
+        out = kernels.attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mask)
         return out.transpose(1, 2).reshape(b, n, -1)
 
     def mlp(self, x: Tensor) -> Tensor:
