@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pliant.errors import ConfigError, DataError, ShapeError
 from pliant.evaluation.frechet import frechet_distance
-from pliant.evaluation.statistics import FeatureStatistics, covariance_factor
+from pliant.evaluation.statistics import FeatureStatistics
 
 REPEATS = 200
 STEP = 0.5
@@ -118,7 +118,7 @@ def weighted_distances(features: Tensor, reference: FeatureStatistics, weights: 
     x = features.detach().to("cpu", torch.float64)
     centre = x.mean(0)
     x = x - centre  # E[x x^T] - mean mean^T loses no digits when the mean is small
-    factor, shift = covariance_factor(reference.cov), centre - reference.mean
+    factor, shift = reference.factor, centre - reference.mean
     found = []
     for rows in weights.split(max(1, AT_ONCE // (dim * dim + n))):
         mean = rows @ x / n

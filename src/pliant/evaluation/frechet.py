@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pliant.errors import ConfigError, DataError, ShapeError
-from pliant.evaluation.statistics import FeatureStatistics, covariance_factor, require_same_space
+from pliant.evaluation.statistics import FeatureStatistics, require_same_space
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -28,7 +28,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         raise DataError("a covariance needs at least two features; draw more samples")
     # tr (C1^(1/2) C2 C1^(1/2))^(1/2) is the sum of singular values of F1^T F2 for any factors C = F F^T. Singular
     # values are exact to 1e-16 of the largest; roots of eigenvalues of the product only to 1e-8.
-    overlap = torch.linalg.svdvals(covariance_factor(a.cov).T @ covariance_factor(b.cov)).sum()
+    overlap = torch.linalg.svdvals(a.factor.T @ b.factor).sum()
     shift = (a.mean - b.mean).square().sum()
     return max(0.0, float(shift + a.cov.trace() + b.cov.trace() - 2 * overlap))
 

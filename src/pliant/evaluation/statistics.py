@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,6 +47,11 @@ class FeatureStatistics:
     @property
     def dim(self) -> int:
         return self.mean.shape[0]
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """`covariance_factor` of the covariance, computed once: a reference is compared with many sets of samples."""
+        return covariance_factor(self.cov)
 
     @classmethod
     def of(cls, features: Tensor, provenance: Mapping[str, str] | None = None) -> FeatureStatistics:
@@ -112,9 +118,10 @@ def require_same_space(a: FeatureStatistics, b: FeatureStatistics) -> None:
 
 
 def covariance_factor(cov: Tensor) -> Tensor:
-    """(D, D) symmetric positive semi-definite -> F (D, D) with F F^T = cov.
+    """(D, D) symmetric positive semi-definite -> F (D, rank) with F F^T = cov.
 
-    Eigenvalues within rounding of zero are zero: the root of a rounding error would be 1e8 times the error.
+    Eigenvalues within rounding of zero are left out: the root of a rounding error would be 1e8 times the error.
+    n < D features have rank n - 1, which makes what follows cheaper.
     Raises DataError if the matrix is clearly not a covariance.
     """
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
@@ -124,4 +131,5 @@ def covariance_factor(cov: Tensor) -> Tensor:
             f"the covariance has the negative eigenvalue {float(values[0]):.3g}; the statistics are damaged"
         )
     rounding = len(values) * torch.finfo(torch.float64).eps * largest
-    return vectors * torch.where(values > rounding, values, 0.0).sqrt()
+    found = values > rounding
+    return vectors[:, found] * values[found].sqrt()
