@@ -6,7 +6,8 @@
 
 Overhead: the program "all sites run" against the plain block loop, batch 1, Pliant's DiT-S/2 and diffusers'. Peers: a
 request of DDIM steps on diffusers' DiT-S/2 (random weights that hide nothing, batch 1, no guidance); each peer on its
-own copy, with the same rule and the same numbers as ours. Every round runs all rows once, in turn; ratios are taken within
+own copy, with the same rule and the same numbers as ours. Applying a peer's hooks and making our schedule (once for
+many requests) is not timed; resetting hooks and making a request's `SiteTransformer` is. Every round runs all rows once, in turn; ratios are taken within
 a round, then their median. With one thread, seconds are the process's CPU seconds (a busy machine then matters less).
 "gap" is the largest difference of the last latents over their spread; "full" the steps that ran every block. Hooks that
 keep their decisions to themselves are asked by counting how often a middle block's MLP really ran.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import time
@@ -59,9 +61,13 @@ def timed(rows: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[flo
 
 
 def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles of the rounds' ratios."""
+    """Median of the rounds' ratios and its 90 % interval by order statistics (of less than 5 rounds: all there are)."""
     found = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    return statistics.median(found), found[len(found) // 4], found[-1 - len(found) // 4]
+    n = len(found)
+    below = 0  # as many ratios lie outside at either end as a fair coin shows heads with a chance of up to 5 %
+    while sum(math.comb(n, k) for k in range(below + 1)) <= 0.05 * 2**n:
+        below += 1
+    return statistics.median(found), found[max(0, below - 1)], found[n - max(1, below)]
 
 
 def overhead(rounds: int) -> list[dict[str, Any]]:
@@ -99,7 +105,7 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
         middle, low, high = ratio(program_s, plain)
         rows.append({
             "what": f"all sites, {name} DiT-S/2", "plain_s": statistics.median(plain), "ratio": middle,
-            "executor_s": statistics.median(program_s), "quartiles": [low, high],
+            "executor_s": statistics.median(program_s), "interval": [low, high],
         })  # fmt: skip
         print(
             f"{rows[-1]['what']:34} plain {rows[-1]['plain_s'] * 1e3:7.2f} ms   executor "
@@ -269,6 +275,7 @@ def full_steps(middle: Any, run: Run) -> tuple[Tensor, int]:
 
 
 def peers(steps: int, rounds: int, folder: str | None, side: int, only: list[str]) -> list[dict[str, Any]]:
+    from pliant.compute import Compute
     from pliant.integrations import SiteTransformer, sites_of
     from pliant.integrations.sites.schedule import cache_schedule
 
@@ -286,8 +293,9 @@ def peers(steps: int, rounds: int, folder: str | None, side: int, only: list[str
     checks: dict[str, dict[str, Any]] = {}
     for name, (preset, options, theirs) in found.items():
 
-        def ours(preset: str = preset, options: dict[str, Any] = options) -> Tensor:
-            schedule = cache_schedule(sites_of(net), request.times, preset, **options)
+        schedule = cache_schedule(sites_of(net), request.times, preset, **options)
+
+        def ours(schedule: list[Compute] = schedule) -> Tensor:
             return request(SiteTransformer(net, schedule))
 
         runs[name], runs[f"pliant {name}"] = theirs, ours
@@ -307,7 +315,7 @@ def peers(steps: int, rounds: int, folder: str | None, side: int, only: list[str
         share = ratio(pair["ours"], pair["plain"])[0]
         rows.append({
             "what": name, "peer_s": statistics.median(pair["peer"]), "seconds": statistics.median(pair["ours"]),
-            "ratio": middle, "quartiles": [low, high], "of_plain": share, **check,
+            "ratio": middle, "interval": [low, high], "of_plain": share, **check,
         })  # fmt: skip
         print(
             f"{name:34} {rows[-1]['peer_s']:7.3f} s   pliant {rows[-1]['seconds']:7.3f} s   {middle:5.3f}x [{low:.3f}, "

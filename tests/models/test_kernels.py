@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from pliant.compute import counted_flops
@@ -90,3 +91,61 @@ def test_attention_for_training_in_bf16_is_attention(masked: bool) -> None:
     assert not kernels._trains_in_bf16(leaves[0])
     assert kernels._trains_in_bf16(leaves[0].bfloat16()) and not kernels._trains_in_bf16(q.bfloat16())
     assert errors(kernels.attention, torch.float32, False) == [0.0] * 4
+
+
+def _heads(batch: int, tokens: int, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as a block makes them: views of one tensor, (batch, 4, tokens, 32) in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = scale * torch.randn(batch, tokens, 3, 4, 32, generator=generator)
+    q, k, v = qkv.to(torch.bfloat16).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_split_attention_is_attention_in_bf16(scale: float) -> None:
+    q, k, v = _heads(3, 80, scale=scale)
+    wanted = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    for found in (kernels._split_attention(q, k, v), kernels._split_attention(q[:, :, :50], k, v)):
+        error = (found.float() - wanted[:, :, : found.shape[2]]).abs().max()
+        assert error < 0.012 * scale**2 * float(v.abs().max())
+
+
+def test_split_attention_is_the_same_in_every_batch_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = _heads(5, 80)
+    whole = kernels._split_attention(q, k, v)
+    alone = torch.cat([kernels._split_attention(*(part[i : i + 1] for part in (q, k, v))) for i in range(5)])
+    assert torch.equal(whole, alone)
+    monkeypatch.setattr(kernels, "SCORES_AT_ONCE", 3 * 80 * 80)
+    assert torch.equal(whole, kernels._split_attention(q, k, v))
+
+
+def test_attention_splits_by_the_shape_of_one_sample_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_matrix_tiles", lambda: False)
+    split: list[int] = []
+    monkeypatch.setattr(kernels, "_split_attention", lambda q, k, v: split.append(len(q)) or q)
+    with torch.no_grad():
+        for batch in (1, 40):
+            kernels.attention(*_heads(batch, 16))  # too small, in any batch
+            kernels.attention(*_heads(batch, 80))
+        kernels.attention(*(part.float() for part in _heads(1, 80)))  # fp32 is PyTorch's
+        kernels.attention(*_heads(1, 80), torch.ones(80, 80, dtype=torch.bool))
+    kernels.attention(*(part.detach().requires_grad_() for part in _heads(1, 80)))  # and so are gradients
+    assert split == [1, 40]
+
+
+def test_split_attention_counts_its_products() -> None:
+    q, k, v = _heads(2, 80)
+    assert counted_flops(lambda: kernels._split_attention(q, k, v)) == 2 * 2 * 2 * 4 * 80 * 80 * 32
+
+
+@torch.no_grad()
+def test_gelu_alone_and_a_product_on_top_of_a_sum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(2, 64, 768, generator=generator)).to(torch.bfloat16)
+    exact = F.gelu(x.float(), approximate="tanh")
+    assert (kernels.gelu(x).float() - exact).abs().max() <= 2**-9 * exact.abs().max()
+    assert torch.equal(kernels.gelu(x)[:1], kernels.gelu(x[:1]))
+    few, weight = x[..., :8].contiguous(), torch.randn(768, 8, generator=generator).to(torch.bfloat16)
+    wanted = x.float() + few.float() @ weight.float().T
+    assert (kernels.linear_plus(few, weight, x).float() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+    assert torch.allclose(kernels.linear_plus(few.float(), weight.float(), x.float()), wanted, atol=1e-5)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pliant.errors import ConfigError, suggest
 from pliant.mappings import from_mapping, to_mapping
+from pliant.models import kernels
 from pliant.models.dit import DiT, DiTConfig
 from pliant.models.layers import Block, linear, linear_gelu, modulated_norm, per_token
 
@@ -269,7 +270,7 @@ def _attention(block: Block, x: Tensor, heads: Tensor | None) -> Tensor:
         return out
     b, n, _ = x.shape
     q, k, v = linear(x, block.qkv, None).view(b, n, 3, block.heads, -1).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(q, k, v) * heads[:, :, None, None]
+    mixed = kernels.attention(q, k, v) * heads[:, :, None, None]
     return linear(mixed.transpose(1, 2).reshape(b, n, -1), block.proj, None)
 
 
@@ -279,7 +280,7 @@ def _mlp(block: Block, x: Tensor, groups: Tensor | None) -> Tensor:
         return linear(linear_gelu(x, block.fc1, None), block.fc2, None)
     features = groups.repeat_interleave(block.fc1.out_features // groups.shape[1], dim=1)
     hidden = linear(x, block.fc1, None) * features[:, None]  # before GELU, which leaves a zero at zero
-    return linear(F.gelu(hidden, approximate="tanh"), block.fc2, None)
+    return linear(kernels.gelu(hidden), block.fc2, None)
 
 
 def token_shares(masks: Sequence[Masks]) -> tuple[float, ...]:

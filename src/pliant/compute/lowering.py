@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -108,8 +109,12 @@ class SiteProgram:
     """Which of "out", "drift" and "state" a full call keeps."""
 
 
+@lru_cache(maxsize=1024)
 def lower(compute: Compute, sites: int) -> SiteProgram:
-    """The operations of a compute on a network with so many sites. Raises PlanError for another number of them."""
+    """The operations of a compute on a network with so many sites. Raises PlanError for another number of them.
+
+    Remembered: checking a plan and every request on it ask for the same few.
+    """
     for what, text in (("sites", compute.sites), ("gate.on_hit", compute.gate.on_hit if compute.gate else None)):
         if text is not None and len(parse_sites(text)) != sites:
             raise PlanError(f"{what} {text!r} is for {len(parse_sites(text))} sites, this model has {sites}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pliant.compute.sites import Branch, Site, State
 from pliant.errors import PlanError
+from pliant.models import kernels
 from pliant.models.dit import DiT
 from pliant.models.layers import Block, linear, linear_gelu, modulated_norm, per_token
 
@@ -56,19 +57,19 @@ class DiTSites:
         if rank == 0:
             return (out,)
         names = ("qkv", "proj") if s % 2 == 0 else ("fc1", "fc2")
-        now = self._between(s, middle + self._low_rank(s, names[0], rank, seen[0] - x))
-        return (out + self._low_rank(s, names[1], rank, now - between),)
+        now = self._between(s, self._added(s, names[0], rank, seen[0] - x, middle))
+        return (self._added(s, names[1], rank, now - between, out),)
 
     def _between(self, s: int, middle: Tensor) -> Tensor:
         """From the first linear layer of a site to the second: attention, or the activation."""
         if s % 2:
-            return F.gelu(middle, approximate="tanh")
+            return kernels.gelu(middle)
         b, n, _ = middle.shape
         q, k, v = middle.view(b, n, 3, self.blocks[s // 2].heads, -1).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+        return kernels.attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
 
-    def _low_rank(self, s: int, name: str, rank: int, change: Tensor) -> Tensor:
-        """The best approximation of that rank of a layer's weight, times a change (B, N, in)."""
+    def _added(self, s: int, name: str, rank: int, change: Tensor, kept: Tensor) -> Tensor:
+        """kept (B, N, out) plus the best approximation of that rank of a layer's weight, times a change (B, N, in)."""
         key = (s, name, rank)
         if key not in self.factors:
             weight = getattr(self._plain_block(s), name).weight.detach()
@@ -79,9 +80,10 @@ class DiTSites:
                 u, sigma, v = torch.linalg.svd(weight.float(), full_matrices=False)
                 root = sigma[:rank].sqrt()
                 self.factors[key] = ((u[:, :rank] * root).to(weight.dtype), (root[:, None] * v[:rank]).to(weight.dtype))
-        for factor in reversed(self.factors[key]):
+        *left, last = reversed(self.factors[key])
+        for factor in left:
             change = F.linear(change, factor)
-        return change
+        return kernels.linear_plus(change, last, kept)
 
     def _plain_block(self, s: int) -> Block:
         block = self.blocks[s // 2]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from pliant.compute.sites import Branch, State
 from pliant.compute.subset import put_tokens
+from pliant.models import kernels
 from pliant.models.dit_sites import DiTSites
 from pliant.models.layers import linear, modulated_norm
 from pliant.models.patches import unpatchify
@@ -52,5 +52,5 @@ class DiTTokens(DiTSites):
         block = self._plain_block(s)
         # What was kept may be of another precision than this call's.
         heads = (part.to(q.dtype).unflatten(-1, (block.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads)
+        out = kernels.attention(*heads)
         return (linear(out.transpose(1, 2).flatten(2), block.proj, None),)

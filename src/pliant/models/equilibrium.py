@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.compute import TransformerShape
 from pliant.errors import ConfigError, suggest
 from pliant.mappings import from_mapping, to_mapping
+from pliant.models import kernels
 from pliant.models.layers import linear, linear_gelu
 from pliant.models.network import Backbone, Size
 from pliant.models.patches import patch_pair, patchify, token_grid, unpatchify
@@ -122,7 +122,7 @@ class InjectedBlock(nn.Module):
         b, n, d = x.shape
         qkv = linear(self.norm1(x), self.qkv, None) + injected
         q, k, v = qkv.view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+        attended = kernels.attention(q, k, v).transpose(1, 2).reshape(b, n, d)
         x = x + linear(attended, self.proj, None)
         return x + linear(linear_gelu(self.norm2(x), self.fc1, None), self.fc2, None)
 

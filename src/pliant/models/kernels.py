@@ -2,7 +2,8 @@
 
 PyTorch's tanh-GELU costs as much on a CPU as both of an MLP's products together, and a bf16 product copies its bias
 first. oneDNN does bias and GELU while it writes the product (the operator torch.compile's CPU backend uses). PyTorch's
-own fp32 products go through Intel's MKL, which on AMD's processors reaches less than half of what oneDNN does.
+own fp32 products go through Intel's MKL, which on AMD's processors reaches less than half of what oneDNN does. Its bf16
+attention takes twice as long as two products and a softmax where the processor has no matrix tiles (AMX).
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ def mkl_is_slow() -> bool:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")[:4096]
     except OSError:
         return False
+
+
+@lru_cache(maxsize=1)
+def has_matrix_tiles() -> bool:
+    """Whether this processor has AMX, which PyTorch's own bf16 attention uses."""
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(known()) if known is not None else True
 
 
 WORTH_IT = 2**21
@@ -90,23 +98,78 @@ def linear_silu_gate(x: Tensor, gate: nn.Linear, up: nn.Linear) -> Tensor:
     return F.silu(linear(x, gate.weight, gate.bias)) * linear(x, up.weight, up.bias)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """tanh-GELU of (..., channels), where it cannot be part of a product."""
+    channels, one = x.shape[-1], [1, 1]
+    large = x.numel() >= WORTH_A_CALL * x.shape[0]  # of one sample's shape: an image is the same in every batch
+    if large and x.dtype == torch.bfloat16 and x.is_contiguous() and _can_fuse(x, _ones(channels)):
+        # oneDNN's GELU cannot be called alone, but a convolution of every channel with 1 may end with it: .6 ms instead
+        # of 2.0 for a million and a half values.
+        pixels = x.view(-1, channels)[None, :, None].permute(0, 3, 1, 2)
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            pixels, _ones(channels), None, [0, 0], one, one, channels, "gelu", [], "tanh"
+        )
+        return out.permute(0, 2, 3, 1).reshape(x.shape)
+    return F.gelu(x, approximate="tanh")
+
+
+@lru_cache(maxsize=16)
+def _ones(channels: int) -> Tensor:
+    return torch.ones(channels, 1, 1, 1, dtype=torch.bfloat16, device="cpu")
+
+
+def linear_plus(x: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
+    """`addend + x @ weight.T`, (..., in), (..., out) -> (..., out): the sum in the pass that writes the product."""
+    if x.dtype == torch.bfloat16 and _can_fuse(x, weight):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, None, "add")
+        return out
+    return addend + F.linear(x, weight)
+
+
 MOST_SCORES = 2**27
 """Attention scores (bytes in bf16: twice that) that training on a CPU may keep for the backward pass of one call."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention, (B, H, N, d) each -> (B, H, N, d). mask: broadcast to (B, H, N, N), True = attend.
+SCORES_AT_ONCE = 2**22
+"""Attention scores that are in memory at once: 8 MB of bf16, which caches hold."""
+WORTH_A_CALL = 2**15
+"""Values of one sample from which a GELU by oneDNN is faster than PyTorch's."""
+WORTH_SPLITTING = 2**14
+"""Scores of one sample from which three kernels are faster than one."""
 
-    PyTorch's fused kernel; but in bf16 training on a CPU, where its backward pass is slow, product, softmax and product
-    one after the other (forward and backward 4.5 times as fast at 108 tokens, 2.6 times at 1024: Zen 5, one core).
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of (B, H, n, d) to (B, H, N, d) -> (B, H, n, d). mask: as (B, H, n, N), True = attend.
+
+    PyTorch's fused kernel; but in bf16 on a CPU product, softmax and product one after the other: in training, where
+    the fused backward pass is slow (forward and backward 4.5 times as fast at 108 tokens, 2.6 times at 1024: Zen 5, one
+    core), and without gradients and a mask on processors without matrix tiles (2 times as fast from 64 tokens on).
+    Scores are then rounded to bf16 (the fused kernel keeps them in fp32): images of 12 steps are as far from fp32's
+    with either, also where scores reach 50.
     """
-    if not _trains_in_bf16(q):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    q, k, v = (u.to(torch.bfloat16) for u in (q, k, v))
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(torch.bfloat16).min)
-    return torch.matmul(scores.softmax(-1), v)
+    if _trains_in_bf16(q):
+        q, k, v = (u.to(torch.bfloat16) for u in (q, k, v))
+        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+        return torch.matmul(scores.softmax(-1), v)
+    # Of one sample's shape alone, so that an image is the same in every batch.
+    large = q.shape[1] * q.shape[2] * k.shape[2] >= WORTH_SPLITTING
+    own = large and mask is None and q.dtype == torch.bfloat16 and not has_matrix_tiles()
+    if own and _can_fuse(q, k) and _can_fuse(v, v):
+        return _split_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _split_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scale = q.shape[-1] ** -0.5
+    flat = [part.reshape(-1, *part.shape[2:]) for part in (q, k, v)]
+    size = max(1, SCORES_AT_ONCE // (q.shape[2] * k.shape[2]))
+    parts = []
+    for asked, keys, values in zip(*(part.split(size) for part in flat), strict=True):
+        scores = torch.baddbmm(asked.new_empty(1, 1, 1), asked, keys.transpose(1, 2), beta=0, alpha=scale)
+        parts.append(torch.bmm(torch.softmax(scores, -1), values))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*q.shape[:3], v.shape[-1])
 
 
 def _trains_in_bf16(q: Tensor) -> bool:

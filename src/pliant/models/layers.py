@@ -110,7 +110,7 @@ def linear_gelu(x: Tensor, layer: nn.Module, lora: Delta | None) -> Tensor:
             return kernels.linear_gelu(x, layer.weight, layer.bias)
         if isinstance(layer, OwnLinear):
             return layer.gelu(x)
-    return F.gelu(linear(x, layer, lora), approximate="tanh")
+    return kernels.gelu(linear(x, layer, lora))
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

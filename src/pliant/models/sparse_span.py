@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.errors import ConfigError
+from pliant.models import kernels
 from pliant.models.dit import DiT, DiTConfig
 from pliant.models.layers import Block, linear, linear_gelu, modulated_norm, per_token
 
@@ -83,7 +84,7 @@ class CrossBlock(Block):
         q = F.linear(asking, self.qkv.weight[:inner], self.qkv.bias[:inner])
         k, v = F.linear(seen, self.qkv.weight[inner:], self.qkv.bias[inner:]).chunk(2, dim=-1)
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v)]
-        out = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        out = kernels.attention(*heads).transpose(1, 2).flatten(2)
         x = torch.addcmul(x, per_token(gate1), linear(out, self.proj, None))
         h = linear_gelu(modulated_norm(x, shift2, scale2, self.norm2_eps), self.fc1, None)
         return torch.addcmul(x, per_token(gate2), linear(h, self.fc2, None))
