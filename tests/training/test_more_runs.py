@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pliant
+from pliant.adapters.transport import transport
 from pliant.distillation.pairs import Wanted, generate_pairs
 from pliant.errors import ConfigError, DataError
 from pliant.plans import sample, uniform
@@ -58,7 +59,11 @@ def test_interpolants(prediction: str, tmp_path: Path) -> None:
         objective={"name": "interpolant"},
     )
     result = train(config, quiet=True)
-    assert pliant.load(result.model_folder).path.to_config()["name"] == "interpolant"
+    again = pliant.load(result.model_folder)
+    assert again.path.to_config()["name"] == "interpolant"
+    if prediction == "velocity":
+        flow, start = transport(again), torch.zeros(2, *again.sample_shape)
+        assert sample(flow, uniform(flow, 3, "heun"), [0, 1], x=start).shape == start.shape
     with pytest.raises(ConfigError, match="needs pairs"):
         alone = {"path": {"name": "interpolant"}, "objective": {"name": "interpolant"}, "data": DIGITS}
         train(tiny_config(tmp_path / "one", **alone), quiet=True)

@@ -82,7 +82,10 @@ class Path(ABC):
     def alpha_sigma(self, t: float | Tensor) -> AlphaSigma:
         """The Gaussian view (alpha, sigma, dalpha, dsigma) at t. Raises ConfigError if the source is not Gaussian."""
         if not self.gaussian_source:
-            raise ConfigError(f"path {self.name!r} has a source that is not Gaussian, so it has no alpha/sigma view")
+            raise ConfigError(
+                f"path {self.name!r} has a source that is not Gaussian, so it has no alpha/sigma view; its velocities "
+                f"are sampled from images of the source through pliant.adapters.transport"
+            )
         a, b, c, da, db, dc = self.coefficients(t)
         sigma = torch.hypot(b, c)
         # d sqrt(b^2+c^2)/dt; with only one of them present it is that one's own derivative, also where it is 0.
