@@ -67,6 +67,9 @@ def test_full_steps_are_heun_and_calls_are_counted():
     light = [plan.steps[e.step].compute.refine for e in evaluations]
     assert (light.count(False), light.count(True)) == (7, 4)
     assert plan.cost(model).flops == 7 * model.flops() + 4 * model.refiner.flops()
+    published = turbo(model, 8, 9, 5).program(model)  # H8 P9 R5: 25 full calls, 10 of the refiner
+    refined = sum(turbo(model, 8, 9, 5).steps[e.step].compute.refine for e in published.evaluations)
+    assert (len(published.evaluations) - refined, refined) == (25, 10)
     pseudo_only = turbo(model, 0, 3, 0)
     assert pseudo_only.cost(model).evaluations == 4  # one extra without Heun steps
 

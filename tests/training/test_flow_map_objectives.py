@@ -100,6 +100,9 @@ def test_one_jump_of_the_exact_map_is_the_data():
     assert float(final.std() / z.std()) == pytest.approx(STD, abs=1e-12)
     middle = jump(gaussian_map(STD), z, one, one * 0.37, zero.long())
     assert torch.allclose(jump(gaussian_map(STD), middle, one * 0.37, zero, zero.long()), final, atol=1e-10)
+    # Sheet C 8 (1): the shorter the jump, the more it is the flow's own velocity, and its clean data the denoiser's.
+    x, t, _, _ = states()
+    torch.testing.assert_close(gaussian_map(STD).value(x, t, t - 1e-6), gaussian_velocity(x, t, STD), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +192,28 @@ def test_segments_begin_where_published():
     assert [float(segment_start(t, k)) for k in (8, 4, 2, 1)] == [0.625, 0.5, 0.5, 0.0]
     boundary = torch.tensor([0.5], dtype=torch.float64)
     assert [float(segment_start(boundary, k)) for k in (8, 4, 2, 1)] == [0.375, 0.25, 0.0, 0.0]
+
+
+def test_jumps_to_the_segment_s_start_are_phased_consistency():
+    """Sheet C 9 (4): with the end always at t_b the loss is PCM's, written out here."""
+
+    class ToTheStart(Draws):
+        def uniform(self):
+            return torch.zeros(len(self.rows))
+
+    x0 = gaussian_batch(256)
+    draws = ToTheStart(0, 0, range(256), 256)
+    off = Stub(lambda x, t, s: 1.2 * gaussian_map(STD).value(x, t, s))
+    found = SegmentedConsistency(gaussian_teacher(STD), 4, 16)(off, x0, draws)
+
+    again = ToTheStart(0, 0, range(256), 256)
+    n = 1 + again.integers(16)
+    t, before = n.double() / 16, (n - 1).double() / 16
+    start = torch.div(n - 1, 4, rounding_mode="floor").double() / 4  # four grid steps to a segment
+    x = Stub.path.mix(x0.images, again.noise(Stub.path, x0.images.shape[1:]), t)
+    target = jump(off, heun_step(gaussian_teacher(STD), x, t, before, x0.labels, 1.0), before, start, x0.labels)
+    expected = (jump(off, x, t, start, x0.labels) - target).square().mean()
+    assert float(found.loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_error_of_local_targets_falls_with_the_teacher_s_step():
@@ -427,6 +452,10 @@ def test_a_toy_learns_to_jump(objective, record_property):
     print(f"{type(objective).__name__}: {jumps} jump(s), RMSE {found:.3f} (untrained {start:.3f})")
     record_property("rmse", found)
     assert found < 0.25
+    if isinstance(objective, TrajectoryConsistency):  # sheet C 8 (3): four jumps are not worse than one
+        four = one_jump_error(model, 4)
+        print(f"four jumps: RMSE {four:.3f}")
+        assert four < found + 0.01
 
 
 def test_a_critic_trains_beside_the_map_and_resumes_exactly(tmp_path):
