@@ -1,6 +1,7 @@
 """Few evaluations: the teacher's solvers and every distiller, at the same training budget each.
 
     python benchmarks/few_step.py --teacher digits --out runs/few-step [--only reflow rfpp] [--no-train]
+    ... --variant rfpp-x3 rfpp train.steps=1350    # a row of its own: a recipe with other settings than the shipped ones
 
 For every recipe of `pliant distill --list` (with its shipped settings, on pairs that are made once and shared by those
 that ask for the same ones): train, then the Fréchet distance of `num` x `repeats` samples at 1, 2, 4 and 8 evaluations
@@ -87,23 +88,23 @@ def straight_row(table: Table, name: str, model: pliant.Denoiser) -> None:
         table.keep(key, {"model": name, **found.to_dict()})
 
 
-def train(table: Table, name: str, shared: dict[str, str]) -> Path | None:
-    """The folder of the recipe's model; None if it is not there and none is to be trained."""
+def train(table: Table, name: str, shared: dict[str, str], recipe_name: str, settings: list[str]) -> Path | None:
+    """The folder of the model of row `name`; None if it is not there and none is to be trained."""
     args, folder = table.args, Path(table.args.out) / name
     if (folder / "done.json").exists() or (args.no_train and (folder / "model").exists()):
         return folder / "model"
     if args.no_train:
         return None
-    recipe = load_recipe(name)
+    recipe = load_recipe(recipe_name, settings)
     pairs = getattr(recipe, "pairs", None)
-    overrides = []
+    overrides = list(settings)
     if pairs is not None:
         wanted = json.dumps(pairs.model_dump(), sort_keys=True)
         if wanted in shared and shared[wanted] != str(folder):
             overrides.append(f"pairs.folder={shared[wanted]}")
     started = time.process_time()
-    distil(load_recipe(name, overrides), args.teacher, folder, resume=folder.exists(), quiet=True)
-    write_json(folder / "done.json", {"cpu_seconds": time.process_time() - started, "shared_pairs": bool(overrides)})
+    distil(load_recipe(recipe_name, overrides), args.teacher, folder, resume=folder.exists(), quiet=True)
+    write_json(folder / "done.json", {"cpu_seconds": time.process_time() - started, "shared_pairs": len(overrides) > len(settings)})
     return folder / "model"
 
 
@@ -136,6 +137,8 @@ def recipe_rows(table: Table, name: str, folder: Path) -> None:
     facts = {"model": name, "solver": solver, "cpu_seconds": spent, "parameters": sum(p.numel() for p in model.parameters())}
     if any(step.compute != own.steps[0].compute for step in own.steps):  # else it is one of the rows below
         table.measure(f"{name}/own plan", model, own, patch="plan", **facts)
+    if any(step.compute.refine for step in own.steps):
+        return  # its few-step plan is the one above; other solvers ask the teacher, which has rows of its own
     for patch, counts in (("own", COUNTS), ("weak", COUNTS[:3] if len(model.patch_sizes) > 1 else ())):
         for count in counts:
             plan = plans_of(model, solver, count, Compute() if patch == "own" else weakest(model))
@@ -169,7 +172,7 @@ def markdown(table: Table) -> str:
         found = [(r["report"]["distance"]["mean"], r["solver"], k) for k, r in rows.items() if k.startswith("teacher/") and r.get("evaluations") == count]
         best.append(f"{cell(min(found)[2])} ({min(found)[1]})" if found else "")
     lines.append("| teacher, best solver | " + " | ".join(best) + " | | |")
-    for name in RECIPES:
+    for name in dict.fromkeys([*RECIPES, *(r["model"] for r in rows.values() if r["model"] != "teacher")]):
         for patch, label in (("own", name), ("weak", f"{name}, all steps weak")):
             cells = [cell(f"{name}/{patch}/{c}") for c in COUNTS]
             if any(cells):
@@ -192,13 +195,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="of the measurements; training takes the GPU if there is one")
     parser.add_argument("--no-train", action="store_true", help="measure what is trained, train nothing")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--variant", nargs="+", action="append", default=[], metavar="ROW RECIPE KEY=VALUE", help="another row: its name, the recipe, settings")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    names = args.only or list(RECIPES)
+    names = list(RECIPES) if args.only is None else args.only
     table = Table(args)
     shared = shared_pairs(args, names)
-    for name in names:
-        folder = train(table, name, shared)
+    for name, recipe, *settings in [*([name, name] for name in names), *args.variant]:
+        folder = train(table, name, shared, recipe, settings)
         if folder is not None:
             recipe_rows(table, name, folder)
         Path(args.out, "few-step.md").write_text(markdown(table))

@@ -193,12 +193,14 @@ class TrigConsistencyConfig(ObjectiveSection):
     mean: float = -0.8
     std: float = Field(default=1.6, gt=0)
     warmup: int = Field(default=1000, ge=0)
+    window: float = Field(default=0.0, ge=0, lt=1)
+    """Of the angle, over which the tangent's derivative is averaged (0: at the point)."""
     class_dropout: float = Dropout
 
     def build(self, denoiser: Denoiser) -> Objective:
         return TrigConsistency(
             _teacher(self.teacher), self.guidance, self.mean, self.std, warmup=self.warmup,
-            class_dropout=self.class_dropout,
+            class_dropout=self.class_dropout, window=self.window,
         )  # fmt: skip
 
 

@@ -55,6 +55,9 @@ class TrigConsistency:
     offset: float = 0.1
     warmup: int = 1000
     class_dropout: float = 0.0
+    window: float = 0.0
+    """Of the angle, before and after, over which dF/da is averaged (networks that are told 1000 t ripple: see
+    `velocity_and_difference`); 0: the derivative at the point, as in the paper, whose networks are told t itself."""
 
     needs_partners = False
 
@@ -83,6 +86,13 @@ class TrigConsistency:
         """(F, cos sin dF/da along the flow): tangents are scaled before, which is stable where the derivative is
         not."""
         scale = torch.cos(angle) * torch.sin(angle)
+        if self.window:
+            value = trig_velocity(denoiser, x, angle, labels)
+            with torch.no_grad():
+                later, earlier = (angle + self.window).clamp(max=math.pi / 2), (angle - self.window).clamp(min=1e-3)
+                after = trig_velocity(denoiser, x + like(later - angle, x) * flow, later, labels)
+                before = trig_velocity(denoiser, x - like(angle - earlier, x) * flow, earlier, labels)
+            return value, like(scale / (later - earlier), x) * (after - before)
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             state = forward_ad.make_dual(x, like(scale, x) * flow)
             answer = trig_velocity(denoiser, state, forward_ad.make_dual(angle, scale), labels)
@@ -95,4 +105,4 @@ class TrigConsistency:
 
     def flops(self, denoiser: Denoiser) -> float:
         taught = 0.0 if self.teacher is None else (1.0 if self.guidance == 1.0 else 2.0) * self.teacher.flops()
-        return 4.0 * denoiser.flops() + taught
+        return (5.0 if self.window else 4.0) * denoiser.flops() + taught
