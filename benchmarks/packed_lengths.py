@@ -14,7 +14,7 @@ drawn at random, as in training stages that mix resolutions. Batches are drawn a
 - one by one (`--alone`): a call per image.
 
 Attention alone (`--attention`), on the same batches: by size (ours), one masked row, `torch.nested`, FlexAttention where it runs.
-Seconds of processor time (one thread) per 1000 images, medians; ratios to packed: median [least, most] of the rounds.
+Seconds of processor time (one thread) per 100,000 tokens of images (padding not counted), medians; ratios to packed: median [least, most] of the rounds.
 """
 
 from __future__ import annotations
@@ -81,6 +81,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.t)
+
+    @property
+    def tokens(self) -> int:
+        """At patches of 2x2."""
+        return sum(len(x) * x[0, 0].numel() // 4 for x in self.groups)
 
 
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -254,7 +259,7 @@ def main() -> None:
         sampled = [Batch([sizes[i] for i in m], config.in_channels, device) for m in members[: 2 * args.batches]]
         for what in ("inference", "training"):
             ways: dict[str, Callable[[], Any]] = {}
-            images: dict[str, int] = {}
+            real: dict[str, int] = {}
             own = partial(padded, attend=kernels.attention)
             choices: list[tuple[str, Any, list[Batch]]] = [
                 ("packed", packed, batches), ("padded", padded, batches), ("padded, our attention", own, batches),
@@ -271,14 +276,14 @@ def main() -> None:
                         if what == "training":
                             torch.cat([o.float().flatten() for o in outs]).square().mean().backward()  # type: ignore[no-untyped-call]
 
-                ways[label], images[label] = call, sum(map(len, given))
+                ways[label], real[label] = call, sum(batch.tokens for batch in given)
             rounds = timed(ways, args.rounds, device)
-            per = {k: [1000 * s / images[k] for s in v] for k, v in rounds.items() if v is not None}
-            print(f"  {what}, seconds per 1000 images: " + ", ".join(
+            per = {k: [1e5 * s / real[k] for s in v] for k, v in rounds.items() if v is not None}
+            print(f"  {what}, seconds per 100,000 tokens: " + ", ".join(
                 f"{k} {statistics.median(v):.1f}" for k, v in per.items()))  # fmt: skip
             ratios = {k: [a / b for a, b in zip(v, per["packed"], strict=True)] for k, v in per.items() if k != "packed"}
             print("    over packed: " + ", ".join(f"{k} {spread(v)}" for k, v in ratios.items()))
-            found[what] = {"per_1000_images": per, "ratios": ratios}
+            found[what] = {"per_100000_tokens": per, "ratios": ratios}
         fill = sum(int(tokens[m].sum()) for m in members) / (20 * budget)
         kinds = sum(len({sizes[i] for i in m}) for m in members) / 20
         print(f"  packs of {budget} tokens: {fill:.1%} full, {kinds:.1f} sizes in each")

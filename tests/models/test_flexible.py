@@ -192,6 +192,7 @@ def test_another_size_is_another_model_of_the_same_weights() -> None:
         ((0, 6), "nearest that is: 2x6"),
         ((8,), "have 2 sides, 8 1"),
         ((2, 400), "64 times as long as wide"),
+        ((3, 999), "64 times as long as wide"),
     ],
 )
 def test_sizes_that_cannot_be(size: tuple[int, ...], words: str) -> None:

@@ -151,16 +151,16 @@ class FlexibleTransformer(Backbone):
         config = self.config
         if len(size) != len(config.input_size):
             raise ShapeError(f"states of this network have {len(config.input_size)} sides, {named(size)} {len(size)}")
+        if min(size) >= 1 and max(size) > MOST_SIDE_RATIO * min(size) and len(size) > 1:
+            raise ShapeError(
+                f"size {named(size)} is more than {MOST_SIDE_RATIO} times as long as wide; choose another aspect ratio"
+            )
         steps = [math.lcm(*(p[a] for p in config.patch_sizes)) for a in range(len(size))]
         if any(n < 1 or n % step for n, step in zip(size, steps, strict=True)):
             nearest = tuple(max(1, round(n / step)) * step for n, step in zip(size, steps, strict=True))
             raise ShapeError(
                 f"size {named(size)} is no multiple of this model's patches ({', '.join(self.modes)}); the nearest "
                 f"that is: {named(nearest)}"
-            )
-        if max(size) > MOST_SIDE_RATIO * min(size) and len(size) > 1:
-            raise ShapeError(
-                f"size {named(size)} is more than {MOST_SIDE_RATIO} times as long as wide; choose another aspect ratio"
             )
 
     def check_extrapolation(self, extrapolation: str) -> None:
