@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pliant import Denoiser, imaging
 from pliant.models.flexible import FlexibleConfig, FlexibleTransformer
 from pliant.models.tiny_autoencoder import TinyAutoencoder, TinyConfig
 from pliant.paths import NetworkTime, get_path
+from pliant.training import load_config
 from support.cli import Run
 
 
@@ -111,3 +113,10 @@ def test_info(run: Run, pixels: Path) -> None:
     assert "also runs at patch size 2x2, and at other sizes" in done.out and "mlp" in done.out
     calls = run("info", str(pixels), "--json").json["calls"]
     assert [call["tokens"] for call in calls] == [16, 4] and calls[1]["share"] < 0.4
+
+
+def test_flexify_adds_patch_sizes_to_a_native_network(run: Run, pixels: Path, tmp_path: Path) -> None:
+    done = run("flexify", str(pixels), str(tmp_path / "more"), "--patch", "4", "--json")
+    assert done.code == 0 and [call["patch"] for call in json.loads(done.out)["calls"]][-1] == "4x4"
+    settings = load_config(tmp_path / "more-finetune.yaml", ["data.source=digits"])
+    assert settings.objective.name == "any_size" and settings.tokens is not None

@@ -87,6 +87,27 @@ def test_a_new_network_answers_zero_and_its_patch_sizes_see_the_same() -> None:
     torch.testing.assert_close(coarse, fine.unflatten(1, (4, 4))[:, ::2, ::2].flatten(1, 2))
 
 
+def test_patch_sizes_can_come_later() -> None:
+    model = denoiser(patch_sizes=((1, 1), (2, 1)))
+    more = pliant.flexify(model, [2])
+    assert more.patch_sizes == ((1, 1), (2, 1), (2, 2)) and model.patch_sizes == ((1, 1), (2, 1))
+    x = states(8, 6)
+    for patch in model.patch_sizes:
+        call = Compute(patch=patch)
+        assert torch.equal(more(x, 0.4, LABELS, call).value, model(x, 0.4, LABELS, call).value)
+    # Of states that are equal within its patches, the new size sees what the finest sees.
+    flat = states(4, 3).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    network_ = more.network
+    fine, coarse = (network_.mode(p).embed(flat) for p in ((1, 1), (2, 2)))  # type: ignore[operator]
+    assert torch.allclose(fine.view(3, 8, 6, -1)[:, ::2, ::2].flatten(1, 2), coarse, atol=1e-5)
+    with pytest.raises(ConfigError, match="repeat one"):
+        pliant.flexify(model, [1])
+    with pytest.raises(ShapeError, match="4"):
+        pliant.flexify(model, [4])
+    with pytest.raises(ConfigError, match="without options, got rank"):
+        pliant.flexify(model, [2], rank=4)
+
+
 def test_positions_are_shared_by_patch_sizes_and_sizes() -> None:
     """A coarse token lies in the middle of the fine ones that it stands for; only differences matter."""
     made = network(train_sides=(4, 16))
@@ -221,8 +242,6 @@ def test_bad_states_and_settings() -> None:
         FlexibleConfig(patch_sizes=((2, 2), (3, 3)))
     with pytest.raises(ConfigError, match="fp32 and bf16"):
         pliant.sample(model, Plan.uniform(model, 2, "euler", Compute(precision="int8d")), [1])
-    with pytest.raises(ConfigError, match="flexify works on a DiT"):
-        pliant.flexify(model, [4])
 
 
 def test_requests_of_different_sizes_wait_in_one_batcher() -> None:

@@ -14,16 +14,18 @@ from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError
 from pliant.models.dit import DiT
+from pliant.models.flexible import FlexibleTransformer, with_patches
 from pliant.models.patches import patch_pair
 
 
 def flexify(
-    denoiser: Denoiser, patch_sizes: Iterable[int | tuple[int, int]] = (4,), *, seed: int = 0, **options: Any
+    denoiser: Denoiser, patch_sizes: Iterable[int | tuple[int, ...]] = (4,), *, seed: int = 0, **options: Any
 ) -> Denoiser:
     """A denoiser that also runs at `patch_sizes`; the given one is left untouched.
 
     options: the fields of `FlexSpec` (recipe="lora" | "shared", rank, initialisation, position, ...). With recipe
-    "lora" results at the original patch size stay bit-identical, before and after training. Raises ShapeError for a
+    "lora" results at the original patch size stay bit-identical, before and after training. The native flexible
+    network takes no options: new sizes get projections of their own, made of the finest's. Raises ShapeError for a
     size that does not divide the input, ConfigError for other impossible requests.
     """
     if isinstance(denoiser.network, ExitDiT):
@@ -35,6 +37,11 @@ def flexify(
     if isinstance(denoiser.network, FlexiDiT):
         raise ConfigError("this model is flexible already; flexify its original, naming all patch sizes at once")
     plain = denoiser.network
+    if isinstance(plain, FlexibleTransformer):
+        if options:
+            given = ", ".join(options)
+            raise ConfigError(f"a native flexible network takes new patch sizes without options, got {given}")
+        return replace(denoiser, network=with_patches(plain, patch_sizes), forward=None)
     if not isinstance(plain, DiT):
         raise ConfigError(f"flexify works on a DiT; this model is a {plain.family} network")
     try:

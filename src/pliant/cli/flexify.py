@@ -60,6 +60,7 @@ def flexify(
     from pliant.adapters.flexify import flexify as make_flexible
     from pliant.cli.models import open_model, parse_patch
     from pliant.formats import save, save_adapter
+    from pliant.models.flexible import FlexibleTransformer
 
     sizes = [parse_patch(p) for p in patch]
     opened = open_model(model, format, option, "cpu")
@@ -73,7 +74,8 @@ def flexify(
         "position": position,
         "patch_norm": patch_norm,
     }
-    flexible = make_flexible(opened.denoiser, sizes, seed=seed, **options)
+    native = isinstance(opened.denoiser.network, FlexibleTransformer)
+    flexible = make_flexible(opened.denoiser, sizes, seed=seed, **({} if native else options))
     out = Path(str(out).rstrip("/"))
     config = out.with_name(f"{out.name}-finetune.yaml")
     try:
@@ -105,11 +107,16 @@ def _report(flexible: Denoiser, base: Denoiser, out: Path, config: Path | None, 
 def finetune_config(flexible: Denoiser, out: Path, config: Path) -> str:
     """A training config for the new modes: distillation for recipe "lora", the model's own loss for "shared"."""
     from pliant.adapters import FlexiDiT
+    from pliant.models.flexible import FlexibleTransformer
 
     network = flexible.network
+    any_size = flexible.core.any_size
     lora = isinstance(network, FlexiDiT) and network.spec.recipe == "lora"
     own = "ddpm" if flexible.config.learn_sigma else "flow_matching"
     objective = "{name: distill}" if lora else f"{{name: shared, own: {{name: {own}}}}}"
+    objective = "{name: any_size}" if any_size else objective
+    side = f", side: {network.config.sides[1]}" if isinstance(network, FlexibleTransformer) else ""
+    tokens = 16 * flexible.config.shape().tokens
     meaning = "the new patch sizes imitate the original one" if lora else "the model's own loss at random patch sizes"
     # The data that a model of ours was trained on is the best guess.
     known = flexible.metadata.get("training", {}).get("config", {}).get("data", {}).get("source")
@@ -118,10 +125,10 @@ def finetune_config(flexible: Denoiser, out: Path, config: Path) -> str:
         f"#   pliant train {config} data.source=folder/of/images\n"
         f"model: {{from: {out}}}\n"
         f"objective: {objective}\n"
-        f"data: {{source: {known or 'folder/of/images'}}}\n"
+        f"data: {{source: {known or 'folder/of/images'}{side}}}\n"
         f"optimizer: {{lr: {'1e-3' if lora else '1e-4'}, warmup: 100, decay: cosine}}\n"
         f"steps: 2000\n"
-        f"batch_size: 64\n"
+        f"{f'tokens: {tokens}' if any_size else 'batch_size: 64'}\n"
         f"ema: {{decay: 0.999}}\n"
         f"output: {out.with_name(out.name + '-finetuned')}\n"
     )

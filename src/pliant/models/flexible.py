@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Self, cast
 
@@ -281,6 +282,26 @@ class FlexibleTransformer(Backbone):
         return [
             self.read(tok, m, tuple(x.shape[2:]), patch) for tok, m, x in zip(tokens, modulations, xs, strict=True)
         ]
+
+
+def with_patches(network: FlexibleTransformer, patches: Iterable[int | Size]) -> FlexibleTransformer:
+    """A copy with these patch sizes too: whatever it did before it does bit for bit, the new sizes start as the finest.
+
+    Raises ConfigError for sizes it has or that are no multiples of the finest, ShapeError for those that do not divide
+    its own state size.
+    """
+    config = network.config
+    axes = len(config.input_size)
+    new = tuple((p,) * axes if isinstance(p, int) else tuple(p) for p in patches)
+    more = replace(config, patch_sizes=(*config.patch_sizes, *new))
+    made = copy.deepcopy(network)
+    made.config = more
+    for patch in new:
+        grid_of(config.input_size, patch)
+        mode = PatchMode(more, patch).to(made.device, made.dtype)
+        mode.start_from(made.mode(config.patch_size))
+        made.modes[patch_name(patch)] = mode
+    return made
 
 
 @lru_cache(maxsize=512)

@@ -14,6 +14,7 @@ class FlexifyConfig(Section):
 
     patch_sizes: list[int | list[int]]
     recipe: Literal["lora", "shared"] = "lora"
+    """Of a DiT; a native flexible network has none."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the recipe, e.g. {rank: 32}."""
 

@@ -40,7 +40,9 @@ def build_denoiser(config: TrainConfig) -> Denoiser:
 
         flex = config.model.flexify
         patches = [patch if isinstance(patch, int) else (patch[0], patch[-1]) for patch in flex.patch_sizes]
-        denoiser = flexify(denoiser, patches, seed=config.seed, recipe=flex.recipe, **flex.options)
+        native = isinstance(denoiser.network, FlexibleTransformer)
+        options = flex.options if native else {"recipe": flex.recipe, **flex.options}
+        denoiser = flexify(denoiser, patches, seed=config.seed, **options)
     if config.model.flow_map:
         from pliant.adapters.flow_map import flow_map
 
