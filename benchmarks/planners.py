@@ -263,7 +263,8 @@ def plot(bench: Bench, budgets: list[float], file: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(9.5, 5))
     names = dict.fromkeys(r["technique"] for r in bench.rows.values() if r["budget"] in budgets)
-    for name in names:
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for number, name in enumerate(names):
         rows = sorted(
             (r for r in bench.rows.values() if r["technique"] == name and len(r.get("sets", ())) == SETS),
             key=lambda r: r["budget"],
@@ -274,14 +275,18 @@ def plot(bench: Bench, budgets: list[float], file: Path) -> None:
             axis.errorbar(
                 [100 * r["budget"] for r in rows], [s.value for s in scores],
                 [(s.high - s.low) / 2 for s in scores], marker="o" if strong else ".", capsize=3, label=name,
-                linewidth=2.5 if strong else 0.9, color="black" if strong else None, zorder=5 if strong else 2,
+                linewidth=2.5 if strong else 0.9, color="black" if strong else colours[number % 10],
+                linestyle="-" if number < 10 or strong else "--", zorder=5 if strong else 2,
             )  # fmt: skip
+    full = bench.rows.get("baseline")
+    if full is not None and len(full["sets"]) == SETS:
+        axis.axhline(score_of(full).value, color="grey", linestyle=":", label=f"baseline, {full['steps']} steps")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks([100 * b for b in sorted(budgets)], [f"{b:.0%}" for b in sorted(budgets)])
     axis.minorticks_off()
     low, high = axis.get_ylim()
-    marks = [m * 10.0**k for k in range(-3, 4) for m in (1, 2, 3, 5, 7)]
+    marks = [m * 10.0**k for k in range(-3, 4) for m in (1, 2, 3, 4, 5, 6, 8)]
     axis.set_yticks([m for m in marks if low <= m <= high], [f"{m:g}" for m in marks if low <= m <= high])
     axis.set_xlabel("FLOPs, share of the all-powerful baseline")
     axis.set_ylabel(f"{bench.tune.name}, 90 % interval")

@@ -113,6 +113,21 @@ def test_stored_plans_run_and_keep_to_what_they_say():
         assert result.plan.cost(MODEL).flops <= (limit + 1e-3) * full.cost(MODEL).flops
         assert result.cost == result.plan.cost(MODEL)
         assert result.quality is not None and "confirmed_by" in result.settings
+        closed = result.settings.get("closed_form")
+        if closed is not None:
+            assert closed["against"]["low"] <= 0.0 and closed["score"]["samples"] == result.quality.samples
+            chosen, judged = (result.settings[k]["seeds"] for k in ("objective", "confirmed_by"))
+            assert chosen not in judged, "judged on seeds that did not choose it"
+
+
+@pytest.mark.parametrize(("budget", "least"), [("5%", 0.9), ("10%", 0.9)])
+def test_digits_come_with_plans_for_small_budgets(budget, least):
+    """Without guidance they are taken before the closed form, and spend most of what they may."""
+    result = known(MODEL, budget)
+    full = Plan.uniform(MODEL, 50).cost(MODEL).flops
+    spent = result.plan.cost(MODEL).flops / full / (float(budget.rstrip("%")) / 100)
+    assert result.planner == "auto" and least < spent <= 1.01
+    assert result.quality.value < result.settings["closed_form"]["score"]["value"]
 
 
 def test_what_is_refused():

@@ -81,7 +81,7 @@ def test_auto_finds_a_planted_plan_that_no_single_technique_has():
     assert found.quality.value <= 1.5
     assert all(share(p) <= 0.1 + 1e-3 for p in judge.asked), "every plan that was measured keeps to the budget"
     assert found.planner == "auto" and found.plan.provenance["planner"] == "auto"
-    assert found.settings["search"]["measured"] == 300
+    assert 225 <= found.settings["search"]["measured"] <= 300, "a quarter is for knobs, which stop when nothing helps"
     flops = [c.cost.flops for c in found.frontier]
     assert flops == sorted(flops)
 
