@@ -112,6 +112,27 @@ def gradient_norm(gradients: Sequence[Tensor], kind: int = 1) -> Tensor:
     return stacked.sum() if kind == 1 else stacked.norm()
 
 
+class NormRecord:
+    """Gradient norms of a run's steps, written at its checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._norms: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, gradients: Sequence[Tensor]) -> None:
+        self._norms.append((step, gradient_norm(gradients)))
+
+    def write(self) -> None:
+        """Append the norms since the last time; a failure costs the record, not the run."""
+        lines = [json.dumps({"step": step, "norm": float(norm)}) + "\n" for step, norm in self._norms]
+        self._norms = []
+        try:
+            with (self.folder / NORMS).open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            logger.warning("cannot write gradient norms (%s); training goes on", error.strerror or error)
+
+
 def read_norms(folder: str | Path) -> list[float]:
     """Norms that a run recorded, one per step; of steps that were repeated after an interruption, the last.
 

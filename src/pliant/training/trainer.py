@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, PliantError
-from pliant.models.flexible import FlexibleTransformer
-from pliant.models.network import Backbone
 from pliant.training import setup, setup_data
 from pliant.training.checkpoint import (
     checkpoint_path,
@@ -28,21 +25,22 @@ from pliant.training.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from pliant.training.compiling import compile_blocks, plain_blocks
+from pliant.training.compiling import compile_blocks
 from pliant.training.config import TrainConfig
 from pliant.training.data import EqualBlocks, Feed, SizedSet, TokenFeed, TrainingSet
 from pliant.training.draws import Draws
+from pliant.training.export import averaged_weights, export, finished
 from pliant.training.grids import grid_sampler
-from pliant.training.low_rank import merge_low_rank
 from pliant.training.metrics import Reporter, Window
 from pliant.training.models import companions, prepared
 from pliant.training.objectives import Batch, Objective, SizedBatch
 from pliant.training.prefetch import Prefetch, moved, pinned
-from pliant.training.refinement import NORMS, Refined, gradient_norm, read_norms, refine_schedule
+from pliant.training.refinement import NormRecord, Refined, read_norms, refine_schedule
 from pliant.training.schedule import learning_rate
 from pliant.training.sharded import whole
-from pliant.training.sharding import check_sharded, drain, fill, shard, sharding_asked, unsharded_twin
+from pliant.training.sharding import check_sharded, shard, sharding_asked, unsharded_twin
 from pliant.training.state import Trainable
+from pliant.training.step import StepModule, mean_flops, micro_batch
 
 logger = logging.getLogger("pliant.training")
 
@@ -97,24 +95,6 @@ def train(
     return Trainer(config, denoiser, objective, data, sampler, quiet).run()
 
 
-class StepModule(nn.Module):
-    """The forward half of a step as one module, so that DDP sees every parameter that any objective uses."""
-
-    objective: Objective
-
-    def __init__(self, denoiser: Denoiser, companions: Sequence[nn.Module], bf16: bool) -> None:
-        """`objective` is to be set before the first step."""
-        super().__init__()
-        self.network = denoiser.network
-        self.companions = nn.ModuleList(companions)
-        self._denoiser, self._bf16 = denoiser, bf16
-
-    def forward(self, batch: Batch | SizedBatch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(batch.labels.device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            result = self.objective(self._denoiser, batch, draws)
-        return result.loss, dict(result.logs)
-
-
 class Trainer:
     """One run in one process (of possibly many)."""
 
@@ -164,10 +144,10 @@ class Trainer:
         if config.tokens is not None:
             sized = cast(SizedSet, data)
             self.feed = TokenFeed(sized, denoiser.config.patch_size, config.tokens, config.seed, config.data.flip)
-            self.flops_per_image = _mean_flops(objective, self.denoiser, sized)
+            self.flops_per_image = mean_flops(objective, self.denoiser, sized)
         else:
             feed = Feed(cast(TrainingSet, data), config.seed, config.data.flip, objective.needs_partners)
-            self.feed = EqualBlocks(feed, _micro_batch(config, self.accelerator.num_processes))
+            self.feed = EqualBlocks(feed, micro_batch(config, self.accelerator.num_processes))
             self.flops_per_image = objective.flops(self.denoiser)
         self._images = 0
         """Seen by this process since the last report."""
@@ -175,7 +155,7 @@ class Trainer:
         if config.optimizer.refine_from is not None:
             self._refined = Refined(refine_schedule(read_norms(config.optimizer.refine_from)))
         # Steps and norms since the last checkpoint.
-        self._norms: list[tuple[int, Tensor]] | None = [] if config.optimizer.record_norms else None
+        self._norms = NormRecord(self.folder) if config.optimizer.record_norms else None
         self._previous_norm: Tensor | None = None
         self._last_checkpoint: Path | None = None
         self._last_loss = math.nan
@@ -229,7 +209,7 @@ class Trainer:
                 logs[name] = logs.get(name, torch.zeros((), device=self.device)) + value / config.accumulate
         if self._norms is not None:
             gradients = [whole(p.grad) for p in self.state.parameters.values() if p.grad is not None]
-            self._norms.append((step, gradient_norm(gradients)))
+            self._norms.add(step, gradients)
         clip = config.optimizer.clip or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.state.parameters.values(), clip).detach())
         self._refuse_divergence(step, logs["loss"], norm)
@@ -301,27 +281,13 @@ class Trainer:
         )
 
     def _sample(self, done: int) -> None:
-        with self._averaged() as denoiser, torch.no_grad():
+        with averaged_weights(self.denoiser, self.state.ema, self._twin, self.main) as denoiser, torch.no_grad():
             if self.main and self.sampler is not None:
                 try:
                     self.sampler(denoiser, done)
                 except (OSError, PliantError) as error:  # a missing picture is no reason to stop
                     logger.warning("no samples at step %d: %s; training goes on", done, error)
         self.accelerator.wait_for_everyone()
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[Denoiser]:
-        """A denoiser with the averaged weights in eval mode, to be used on the main process. All processes together."""
-        averages, network = self.state.ema, self.denoiser.network
-        if self._twin is not None:
-            fill(self._twin.eval(), network, averages.averages, self.device if self.main else None)
-            yield replace(self.denoiser, network=cast(Backbone, self._twin), forward=None)
-            drain(self._twin, averages.averages)
-            return
-        with averages.applied():
-            network.eval()
-            yield self.denoiser
-            network.train()
 
     # State --------------------------------------------------------------------------------------------------
 
@@ -359,7 +325,8 @@ class Trainer:
         state = self.state.capture(done, keep=self.main)
         if not self.main:
             return
-        self._write_norms()
+        if self._norms is not None:
+            self._norms.write()
         try:
             self._last_checkpoint = save_checkpoint(self.folder, state, self.config.checkpoint.keep)
         except OSError as error:
@@ -369,73 +336,22 @@ class Trainer:
                 raise PliantError(f"{message}. Free some space and run again with resume=latest.") from None
             logger.warning("%s; training goes on", message)
 
-    def _write_norms(self) -> None:
-        """Append the norms since the last checkpoint; a failure costs the record, not the run."""
-        if not self._norms:
-            return
-        lines = [json.dumps({"step": step, "norm": float(norm)}) + "\n" for step, norm in self._norms]
-        self._norms = []
-        try:
-            with (self.folder / NORMS).open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-        except OSError as error:
-            logger.warning("cannot write gradient norms (%s); training goes on", error.strerror or error)
-
     def _good_checkpoint(self) -> str:
         good = self._last_checkpoint
         return f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
 
     def _finish(self) -> TrainResult:
         """Put the averages into the network and export it."""
-        from pliant.adapters import DynamicDiT, ExitDiT, FlexiDiT
-        from pliant.adapters.token_router import TokenRoutedDiT
-        from pliant.formats import native
-
         self.accelerator.wait_for_everyone()
-        denoiser = self.denoiser
-        if self._twin is None:
-            self.state.ema.copy_to_parameters()
-        else:
-            fill(self._twin, denoiser.network, self.state.ema.averages, torch.device("cpu"))
-            denoiser = replace(denoiser, network=cast(Backbone, self._twin), forward=None)
-        network, config = denoiser.network.eval(), self.config
-        plain_blocks(network)
-        merge_low_rank(network)
-        if isinstance(network, FlexibleTransformer):
-            network.projector = None  # it served training only
-        metadata = {**denoiser.metadata, "training": {"config": config.to_dict(), "steps": config.steps}}
-        result = replace(denoiser, metadata=metadata)
+        config = self.config
+        result = finished(self.denoiser, self.state.ema, self._twin, config)
         target = self.folder / "model"
         if self.main:
             try:
-                native.save(result, target)
-                lora = isinstance(network, FlexiDiT) and network.spec.recipe == "lora"
-                routers = isinstance(network, DynamicDiT) and network.spec.base == "frozen"
-                if lora or routers or isinstance(network, ExitDiT | TokenRoutedDiT):
-                    native.save_adapter(result, self.folder / "adapter")
+                export(result, self.folder)
             except OSError as error:
                 reason = error.strerror or error
                 raise PliantError(f"could not write {target}: {reason}; {self._good_checkpoint()}") from None
         self.accelerator.wait_for_everyone()
         checkpoint = checkpoint_path(self.folder, config.steps)
         return TrainResult(config.steps, self._last_loss, target, checkpoint, result)
-
-
-def _mean_flops(objective: Objective, denoiser: Denoiser, data: SizedSet) -> float:
-    """Expected FLOPs per training image, over the sizes of the data."""
-    sizes, counts = data.sizes.unique(dim=0, return_counts=True)
-    pairs = zip(sizes.tolist(), counts.tolist(), strict=True)
-    total = sum(n * objective.flops(denoiser.at_size(size)) for size, n in pairs)
-    return total / len(data.labels)
-
-
-def _micro_batch(config: TrainConfig, processes: int) -> int:
-    """Samples per forward pass. Raises ConfigError if the global batch does not divide."""
-    parts = processes * config.accumulate
-    assert config.batch_size is not None  # the configuration was checked
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"batch_size {config.batch_size} does not divide over {processes} processes x {config.accumulate} "
-            f"micro-batches; use a multiple of {parts}"
-        )
-    return config.batch_size // parts
