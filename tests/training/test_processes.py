@@ -20,10 +20,13 @@ def rows(folder: Path) -> list[dict[str, float]]:
     [
         {"accumulate": 2},
         # Each step leaves the parameters of the other patch sizes without gradient.
-        {
-            "model": {"dit": TINY_DIT, "flexify": {"patch_sizes": [8], "recipe": "shared"}},
-            "objective": {"name": "shared"},
-        },
+        pytest.param(
+            {
+                "model": {"dit": TINY_DIT, "flexify": {"patch_sizes": [8], "recipe": "shared"}},
+                "objective": {"name": "shared"},
+            },
+            marks=pytest.mark.slow,  # the same on sharded processes is in test_sharding.py
+        ),
     ],
     ids=["flow", "shared"],
 )

@@ -95,6 +95,24 @@ def test_a_folder_of_many_sizes(tmp_path: Path) -> None:
         images.samples(torch.tensor([], dtype=torch.int64), UNFLIPPED[:0], Draws.single(0))
 
 
+def test_a_share_of_the_large_images_is_cropped(tmp_path: Path) -> None:
+    """FiTv2's mixed data: squares only of images larger than the square both ways, chosen by their place."""
+    for i in range(60):
+        (tmp_path / "d" / "a").mkdir(parents=True, exist_ok=True)
+        size = (20, 12) if i % 2 else (20, 6)
+        image = Image.new("RGB", size, (0, 0, 0))
+        image.paste((255, 0, 0), (size[0] // 2 - 4, 0, size[0] // 2 + 4, size[1]))
+        image.save(tmp_path / "d" / "a" / f"{i:02}.png")
+    none, half, every = (open_any_size(str(tmp_path / "d"), 3, 8, 4, crop=share) for share in (0.0, 0.5, 1.0))
+    assert not (none.sizes == 8).all(1).any()
+    square = (half.sizes == 8).all(1)
+    assert 8 <= int(square.sum()) <= 22 and not square[::2].any()
+    assert torch.equal(square, (open_any_size(str(tmp_path / "d"), 3, 8, 4, crop=0.5).sizes == 8).all(1))
+    assert (every.sizes[1::2] == 8).all() and torch.equal(every.sizes[::2], none.sizes[::2])
+    middle = half.image(int(square.nonzero()[0]))  # 20x12 -> 13x8 -> its middle 8 columns, of which 5 are red
+    assert bool((middle[0, :, 2:6] > 0.5).all()) and float(middle[1].max()) < -0.5
+
+
 def test_images_beyond_memory_are_decoded_again(tmp_path: Path) -> None:
     from pliant.training.data.sizes import AnySizeImages
     from pliant.training.data.sources import open_source

@@ -42,6 +42,10 @@ def encode(
     side: Annotated[
         int, typer.Option("--side", min=1, help="Images of more than SIDE*SIDE pixels are shrunk to that area.")
     ] = 256,
+    crop: Annotated[
+        float,
+        typer.Option("--crop", min=0, max=1, help="Share of larger images cropped to SIDE x SIDE (FiTv2: 0.5)."),
+    ] = 0.0,
     patch: Annotated[
         int, typer.Option("--patch", min=1, help="Latent sides become multiples of this patch size.")
     ] = 2,
@@ -73,6 +77,7 @@ def encode(
     from pliant.cli.models import pick_device
     from pliant.models.autoencoders import downscale_factor, load_autoencoder
     from pliant.training.data import autoencoder_encode, cached_latents, open_any_size
+    from pliant.training.setup_data import cropped
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     for name in (dtype, precision):
@@ -82,8 +87,8 @@ def encode(
     model = model.to(memory_format=torch.channels_last)  # a third faster on CPUs
     unit = downscale_factor(model) * patch
     channels = int(getattr(model.config, "in_channels", 3))
-    images = open_any_size(source, channels, side, unit, split, image_column, label_column or None, limit)
-    key = f"{source} ({split}) within {side}x{side} by {unit}, {autoencoder} in {precision}"
+    images = open_any_size(source, channels, side, unit, split, image_column, label_column or None, limit, crop)
+    key = f"{source} ({split}) within {side}x{side} by {unit}{cropped(crop)}, {autoencoder} in {precision}"
     try:
         with progress("encoding") as advance:
             latents = cached_latents(

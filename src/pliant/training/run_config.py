@@ -23,7 +23,9 @@ class DataConfig(Section):
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many images."""
     side: int | None = Field(default=None, ge=1)
-    """Of images of any size: those of more than side*side pixels are shrunk to that area, none is cropped."""
+    """Of images of any size: those of more than side*side pixels are shrunk to that area."""
+    crop: float = Field(default=0.0, ge=0, le=1)
+    """Of images of any size: share of those larger than side x side that are cropped to it (FiTv2: 0.5)."""
     autoencoder: str | None = None
     """Folder or Hub id of a diffusers autoencoder: train on its latents instead of pixels."""
     latents: str | None = None

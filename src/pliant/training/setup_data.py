@@ -91,7 +91,8 @@ def build_sized_data(config: TrainConfig, denoiser: Denoiser) -> SizedSet:
         data.latents or f"{config.output}/latents",
         _sized_images(data, int(getattr(autoencoder.config, "in_channels", 3)), unit),
         autoencoder_encode(autoencoder),
-        f"{data.source} ({data.split}) within {data.side}x{data.side} by {unit}, {data.autoencoder}",
+        f"{data.source} ({data.split}) within {data.side}x{data.side} by {unit}{cropped(data.crop)}, "
+        f"{data.autoencoder}",
         scaling=_latent_scaling(config, denoiser, autoencoder),
         flip=data.flip,
     )
@@ -100,8 +101,13 @@ def build_sized_data(config: TrainConfig, denoiser: Denoiser) -> SizedSet:
 def _sized_images(data: DataConfig, channels: int, unit: int) -> SizedSet:
     assert data.side is not None
     return open_any_size(
-        data.source, channels, data.side, unit, data.split, data.image_column, data.label_column, data.limit
+        data.source, channels, data.side, unit, data.split, data.image_column, data.label_column, data.limit, data.crop
     )
+
+
+def cropped(share: float) -> str:
+    """What a cache of latents says of cropping: nothing where there is none."""
+    return f", {share:g} cropped" if share else ""
 
 
 def check_sized_data(data: SizedSet, denoiser: Denoiser) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pliant.errors import ConfigError, DataError
 from pliant.pictures import open_cell, over_white
-from pliant.training.data.decode import CHANNEL_MODES, normalise
+from pliant.training.data.decode import CHANNEL_MODES, normalise, to_pixels
 from pliant.training.data.images import MEMORY_LIMIT, workers
 from pliant.training.data.sources import Source, open_source
-from pliant.training.draws import Draws
+from pliant.training.draws import Draws, derived_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,12 +68,23 @@ def fitted_size(height: int, width: int, side: int, unit: int) -> tuple[int, int
 
 
 class AnySizeImages:
-    """Images resized without cropping, in memory while they fit. Damaged ones are left out and named."""
+    """Images resized without cropping, in memory while they fit. Damaged ones are left out and named.
+
+    crop: share of the images larger than `side` in both directions that are cut to the square in their middle instead
+    (FiTv2's "mixed" data: a half); which ones depends on their places in the source alone.
+    """
 
     def __init__(
-        self, source: Source, channels: int, side: int, unit: int, memory_limit: int = MEMORY_LIMIT
+        self,
+        source: Source,
+        channels: int,
+        side: int,
+        unit: int,
+        crop: float = 0.0,
+        memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         """Decodes every image once. Raises DataError if none can be used."""
+        self._crop = crop
         if channels not in CHANNEL_MODES:
             raise DataError(f"images have 1 or 3 channels, not {channels}; train on latents instead")
         self._source, self._channels, self._side, self._unit = source, channels, side, unit
@@ -110,6 +121,9 @@ class AnySizeImages:
         try:
             image = open_cell(self._source.cell(index), self._source.folder)
             size = fitted_size(image.height, image.width, self._side, self._unit)
+            if min(image.height, image.width) > self._side and derived_seed("crop", index) / 2**63 < self._crop:
+                square = self._side // self._unit * self._unit
+                return to_pixels(image, self._channels, (square, square))
             return _pixels(image, self._channels, size)
         except ConfigError:
             raise
@@ -153,10 +167,14 @@ def open_any_size(
     image_column: str = "image",
     label_column: str | None = "label",
     limit: int | None = None,
+    crop: float = 0.0,
 ) -> AnySizeImages:
-    """The images that `source` names (as `open_images`), each resized by `fitted_size`. Raises DataError."""
+    """The images that `source` names (as `open_images`), each resized by `fitted_size`, or cropped (`AnySizeImages`).
+
+    Raises DataError.
+    """
     opened = open_source(source, split, image_column, label_column).first(limit)
-    return AnySizeImages(opened, channels, side, unit)
+    return AnySizeImages(opened, channels, side, unit, crop)
 
 
 def check_one_size(sizes: Tensor, indices: Tensor) -> None:
