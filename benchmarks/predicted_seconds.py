@@ -35,10 +35,11 @@ from pliant.plans import Plan
 from pliant.plans.guiding import guided_between
 from pliant.plans.timing import Prices, Throughput
 from pliant.plans.timing.adjust import adjusted
-from pliant.plans.timing.measure import default_computes, measure
+from pliant.plans.timing.measure import ROWS, default_computes, measure
 
 SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)
 """Of the way from all steps weak to none, in predicted seconds: the budgets asked for."""
+PASSES = 3
 GAUGES = ("plain", "weak calls")
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
@@ -103,17 +104,28 @@ def plans(model: Denoiser, steps: int, precision: str) -> Iterator[tuple[str, Pl
         yield f"{name}, frozen", gated.freeze(model, [0, 1])
 
 
-def table_of(model: Denoiser, name: str, precisions: list[str], clock: str, folder: str | None) -> Throughput:
-    file = None if folder is None else Path(folder) / f"{name.replace('/', '-')}-{clock}.json"
+def table_of(model: Denoiser, name: str, args: argparse.Namespace) -> Throughput:
+    """Read, or measured with as many rows as guided batches have."""
+    file = None if args.table is None else Path(args.table) / f"{name.replace('/', '-')}-{args.clock}.json"
     if file is not None and file.exists():
         table = Throughput.load(file)
         table.check(model)
         return table
-    table = measure(model, default_computes(model, precisions), clock=CLOCKS[clock])
-    print(f"{name}: table measured in {table.measured['seconds']} s")
+    rows = [count for count in ROWS if count <= 2 * max(args.batch)]
+    table = measure(model, default_computes(model, args.precision), rows, clock=CLOCKS[args.clock])
+    print(f"{name}: table measured in {table.measured['seconds']} s, spread {table.measured['spread']:.1%}", flush=True)
     if file is not None:
         table.save(file)
     return table
+
+
+def measured(model: Denoiser, made: list[Plan], args: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """Seconds per image by batch and plan: medians over passes, so that a slow stretch of the machine hits a third."""
+    found: dict[int, list[dict[str, float]]] = {batch: [] for batch in args.batch}
+    for _ in range(PASSES):
+        for batch, passes in found.items():
+            passes.append(seconds_in_turns(model, made, batch, args.rounds, clock=CLOCKS[args.clock]))
+    return {b: {key: statistics.median(p[key] for p in passes) for key in passes[0]} for b, passes in found.items()}
 
 
 def summary(errors: list[float]) -> str:
@@ -178,7 +190,7 @@ def main() -> None:
     report: dict[str, Any] = {"threads": torch.get_num_threads(), "clock": args.clock, "rows": []}
     for name in args.model:
         model = model_named(name)
-        table = table_of(model, name, args.precision, args.clock, args.table)
+        table = table_of(model, name, args)
         report["machine"] = table.machine.to_dict()
         print(f"{name} on {table.machine.describe()}, {args.clock} clock, {args.steps} steps")
         if args.budgets:
@@ -188,9 +200,9 @@ def main() -> None:
         judged: list[float] = []
         for precision in args.precision:
             made = dict(plans(model, args.steps, precision))
-            for batch in args.batch:
+            every = measured(model, list(made.values()), args)
+            for batch, taken in every.items():
                 prices = Prices(table, model, batch)
-                taken = seconds_in_turns(model, list(made.values()), batch, args.rounds, clock=CLOCKS[args.clock])
                 expected = {label: prices.plan(plan).seconds for label, plan in made.items()}
                 took = {label: batch * taken[plan.digest()] for label, plan in made.items()}
                 pace = statistics.mean(took[label] / expected[label] for label in GAUGES)

@@ -412,9 +412,9 @@ def test_a_table_follows_the_machine(make) -> None:
     made = adjusted(table, model, 2, Clock())
     plan = Plan.uniform(model, 12, "ddim")
     before = Prices(table, model, 2)
-    plain = [Plan.uniform(model, 12, "ddim", Compute(patch=patch, precision="fp32")) for patch in model.patch_sizes]
+    plain = [Plan.uniform(model, 8, "ddim", Compute(patch=patch, precision="fp32")) for patch in model.patch_sizes]
     factor = made.measured["adjusted"]
-    assert factor == pytest.approx(statistics.median(12 * 0.03 / before.plan(p).seconds for p in plain), rel=1e-3)
+    assert factor == pytest.approx(statistics.median(8 * 0.03 / before.plan(p).seconds for p in plain), rel=1e-3)
     again = adjusted(made, model, 2, Clock())
     assert again.measured["adjusted"] == pytest.approx(factor, rel=1e-3)  # of what was measured, not of the last time
     for unit, curve in table.outside.items():

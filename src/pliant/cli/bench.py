@@ -27,7 +27,7 @@ Examples:
 """
 
 STEADY = 0.1
-"""Drift of the machine's speed that is not worth a word."""
+"""Change of the machine's speed that is not worth a word."""
 
 
 def register(app: typer.Typer) -> None:
@@ -95,9 +95,9 @@ def bench(
     began = time.monotonic()
     with progress(f"measuring {opened.name}") as advance:
         made = measure(denoiser, computes, sorted({*ROWS, *(rows or ())}), advance)
-    if abs(drift := made.measured["drift"]) > STEADY:
+    if (spread := made.measured["spread"]) > STEADY:
         note(
-            f"the machine's speed changed by {drift:+.0%} while this was measured, and predictions will be as far "
+            f"the machine's speed changed by {spread:.0%} while this was measured, and predictions will be as far "
             f"off: measure again while it does nothing else"
         )
     file = out or cache_file(denoiser)

@@ -18,7 +18,7 @@ from pliant.plans.engine import Weights
 from pliant.plans.sampling import Sampler
 from pliant.plans.timing.measure import default_computes
 from pliant.plans.timing.pricing import Prices
-from pliant.plans.timing.stepping import FEW, SLOW, STEPS, Clock, Stopwatch, cycled, in_turns
+from pliant.plans.timing.stepping import FEW, PASSES, SLOW, STEPS, Clock, Stopwatch, Turns, cycled
 from pliant.plans.timing.table import Throughput, network_kind
 
 
@@ -42,8 +42,10 @@ def pace(table: Throughput, model: Denoiser, batch: int = 1, clock: Clock = time
     samplers = gauges(table, model)
     prices = Prices(table, model, batch)
     predicted = {kind: prices.plan(sampler.plan).seconds for kind, sampler in samplers.items()}
-    slow = max(predicted.values()) > SLOW * STEPS
-    taken = in_turns(samplers, batch, Stopwatch(model.device, clock), slow)
+    turns = Turns(samplers, batch, Stopwatch(model.device, clock))
+    for _ in range(PASSES):
+        turns.go()
+    taken = turns.medians()
     return statistics.median(sum(taken[kind]) / predicted[kind] for kind in samplers)
 
 

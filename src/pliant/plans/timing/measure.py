@@ -7,9 +7,10 @@ parts predict whole plans.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import date
 from typing import TypeAlias
 
@@ -23,11 +24,12 @@ from pliant.errors import PliantError
 from pliant.models.network import Backbone
 from pliant.models.precision import resolve_precision
 from pliant.plans.engine import Lowered, ModulationTable, Weights
+from pliant.plans.sampling import Sampler
 from pliant.plans.timing.curve import Curve
 from pliant.plans.timing.machine import this_machine
-from pliant.plans.timing.outside import measure_outside
+from pliant.plans.timing.outside import Outside
 from pliant.plans.timing.probes import CALL, Probe, differences, probes
-from pliant.plans.timing.stepping import FEW, SLOW, STEPS, Clock, Stopwatch, cycled, in_turns, steady
+from pliant.plans.timing.stepping import FEW, PASSES, SLOW, STEPS, Clock, Stopwatch, Turns, cycled, steady
 from pliant.plans.timing.table import Throughput, model_key, network_kind, plain_core, runs_unmerged
 
 ROWS = (1, 2, 4, 8, 16)
@@ -70,7 +72,9 @@ def measure(
             base = Compute(patch=compute.patch, merged=compute.merged, precision=compute.precision, scale=compute.scale)
             own.shape(base)
             wanted.setdefault(network_kind(own, base, guide), (own, base))
-    total, done = 2 + len(wanted) * len({1, *rows}), 0
+    outside = Outside(plain_twin(model), [b for b in (1, 4, 16) if b <= max(*rows, 4)], LONG, watch)
+    kinds = {kind: _Kind(own, base, rows, watch) for kind, (own, base) in wanted.items()}
+    total, done = PASSES * (1 + sum(len(kind.turns) for kind in kinds.values())), 0
 
     def step() -> None:
         nonlocal done
@@ -78,15 +82,18 @@ def measure(
         if advance is not None:
             advance(done, total)
 
-    step()  # outside the network comes first: what it takes is left out of what steps take
-    outside = measure_outside(plain_twin(model), [b for b in (1, 4, 16) if b <= max(*rows, 4)], LONG, watch)
-    step()
-    kinds = {kind: _Kind(own, base, outside, watch) for kind, (own, base) in wanted.items()}
-    networks = {name: kind.curves(rows, step) for name, kind in kinds.items()}
-    drift = max((kind.drift(networks[name]["call"].at(1)) for name, kind in kinds.items()), key=abs, default=0.0)
-    facts = {"date": date.today().isoformat(), "seconds": round(time.monotonic() - begun, 2), "drift": round(drift, 3)}
+    for _ in range(PASSES):
+        outside.go()
+        step()
+        for kind in kinds.values():
+            kind.go(step)
+    around = outside.curves()
+    networks = {name: kind.curves(around) for name, kind in kinds.items()}
+    spread = max((kind.turns[1].spread() for kind in kinds.values()), default=0.0)
+    seconds = round(time.monotonic() - begun, 2)
+    facts = {"date": date.today().isoformat(), "seconds": seconds, "spread": round(spread, 3)}
     name = str(model.metadata.get("name") or "")
-    return Throughput(this_machine(model.device), model_key(model), name, networks, outside, facts)
+    return Throughput(this_machine(model.device), model_key(model), name, networks, around, facts)
 
 
 def plain_twin(model: Denoiser) -> Denoiser:
@@ -94,45 +101,32 @@ def plain_twin(model: Denoiser) -> Denoiser:
     return replace(model, network=plain_core(model), forward=None, guide=None)
 
 
-@dataclass(frozen=True, eq=False)
 class _Kind:
-    """One kind of network, and what its steps take besides its calls."""
+    """One kind of network, made ready and timed in passes."""
 
-    model: Denoiser
-    base: Compute
-    outside: dict[str, Curve]
-    watch: Stopwatch
-    weights: Weights = field(default_factory=Weights)
-
-    def curves(self, rows: Sequence[int], step: Callable[[], None]) -> dict[str, Curve]:
-        """Curves of everything that calls of this kind consist of."""
-        begun = self.watch.now()
-        network = Lowered(self.model, self.base, self.weights.own).plain
-        found = {"prepare": Curve((1.0,), (self.watch.now() - begun,))}
-        if network is not None:
-            found["table"] = Curve.of([(m, self.watch(_table(network, m))) for m in TABLE_ROWS])
-        raw: dict[str, Points] = {}
-        once: dict[str, Points] = {"start": [], "switch": []}
+    def __init__(self, model: Denoiser, base: Compute, rows: Sequence[int], watch: Stopwatch) -> None:
+        self.model, self.base, self.watch = model, base, watch
+        self.weights = Weights()
+        begun = watch.now()
+        self.network = Lowered(model, base, self.weights.own).plain
+        self.prepared = watch.now() - begun
+        self.cycles: dict[str, list[Compute]] = {}
+        self.turns: dict[int, Turns] = {}
+        self.tables: list[list[float]] = []
+        each = 0.0
         for count in sorted({1, *rows}):
-            step()
-            if (known := raw.get("call")) and known[-1][1] * count / known[-1][0] > LONG:
+            if self.turns and each * count > LONG:
                 continue
-            for name, seconds in self.at(count, found.get("table")).items():
-                (once if name in once else raw).setdefault(name, []).append((float(count), seconds))
-        found |= {name: Curve.of(points) for name, points in once.items() if points}
-        return found | differences({n: Curve.of(p) for n, p in raw.items()}, self.model.shape(self.base))
+            each = watch.steps(cycled(model, [base], 2, self.weights), count)[-1] / count
+            self.turns[count] = Turns(self._samplers(count, FEW if each * count > SLOW else STEPS), count, watch)
 
-    def at(self, rows: int, table: Curve | None) -> dict[str, float]:
-        """Seconds of every timed call with so many rows, and of what the first one of a run takes more ("start") and
-        the first one after another network's ("switch")."""
-        first = self.watch.steps(cycled(self.model, [self.base], 2, self.weights), rows)
-        slow = first[-1] > SLOW
-        steps = FEW if slow else STEPS
-        wanted = [probe for probe in _probes(self.model, self.base) if probe.everywhere or rows in PART_ROWS]
+    def _samplers(self, rows: int, steps: int) -> dict[str, Sampler]:
+        """Of every call that is timed with so many rows, the whole one first."""
+        wanted = [p for p in _probes(self.model, self.base) if p.everywhere or rows in PART_ROWS]
         cycles = {probe.name: probe.cycle(self.base) for probe in wanted}
         if (other := self.other()) is not None and rows in PART_ROWS:
             cycles["switch"] = [other, self.base]
-        samplers = {}
+        found = {}
         for name, cycle in cycles.items():
             try:
                 sampler = cycled(self.model, cycle, steps, self.weights)
@@ -141,24 +135,45 @@ class _Kind:
                 if name == CALL.name:
                     raise
                 continue
-            samplers[name] = sampler
-        taken = in_turns(samplers, rows, self.watch, slow)
-        around = self.outside["step"].at(rows) + self.outside["update"].at(rows)
-        found = {name: max(steady(taken[name], len(cycles[name])) - around, 0.0) for name in taken}
-        begin = self.outside["begin"].at(rows)
+            self.cycles[name], found[name] = cycle, sampler
+        return found
+
+    def go(self, step: Callable[[], None]) -> None:
+        """A pass."""
+        for turns in self.turns.values():
+            turns.go()
+            step()
+        if self.network is not None:
+            self.tables.append([self.watch(_table(self.network, m)) for m in TABLE_ROWS])
+
+    def curves(self, around: dict[str, Curve]) -> dict[str, Curve]:
+        """Curves of everything that calls of this kind consist of. around: what steps take besides."""
+        found = {"prepare": Curve((1.0,), (self.prepared,))}
+        if self.tables:
+            each = map(statistics.median, zip(*self.tables, strict=True))
+            found["table"] = Curve.of(list(zip(map(float, TABLE_ROWS), each, strict=True)))
+        points: dict[str, Points] = {}
+        for rows, turns in self.turns.items():
+            for name, seconds in self._at(rows, turns.medians(), around, found.get("table")).items():
+                points.setdefault(name, []).append((float(rows), seconds))
+        raw = {name: Curve.of(p) for name, p in points.items()}
+        found |= {name: raw.pop(name) for name in ("start", "switch") if name in raw}
+        return found | differences(raw, self.model.shape(self.base))
+
+    def _at(
+        self, rows: int, taken: dict[str, list[float]], around: dict[str, Curve], table: Curve | None
+    ) -> dict[str, float]:
+        """Seconds of every timed call with so many rows, and of what the first one of a run takes more ("start") and
+        the first one after another network's ("switch")."""
+        beside = around["step"].at(rows) + around["update"].at(rows)
+        found = {name: max(steady(steps, len(self.cycles[name])) - beside, 0.0) for name, steps in taken.items()}
+        begin = around["begin"].at(rows)
         if table is not None:
-            begin += table.at(steps * min(rows, self.model.num_classes))
+            begin += table.at(len(taken["call"]) * min(rows, self.model.num_classes))
         found["start"] = max(taken["call"][0] - steady(taken["call"]) - begin, 0.0)
         if "switch" in found:
             found["switch"] = max(found["switch"] - found["call"], 0.0)
         return found
-
-    def drift(self, before: float) -> float:
-        """By what share a call of one row takes longer now than before: what a busy machine does to a table."""
-        run = cycled(self.model, [self.base], STEPS if before < SLOW else FEW, self.weights)
-        around = self.outside["step"].at(1) + self.outside["update"].at(1)
-        again = steady(in_turns({"call": run}, 1, self.watch, before >= SLOW)["call"]) - around
-        return again / before - 1.0 if before > 0.0 else 0.0
 
     def other(self) -> Compute | None:
         """A call of another network of the same model, if it has patch sizes to choose from."""

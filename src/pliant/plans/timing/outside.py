@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -13,43 +15,58 @@ from pliant.plans.engine import Weights
 from pliant.plans.noise import batch_noise
 from pliant.plans.plan import Plan
 from pliant.plans.timing.curve import Curve
-from pliant.plans.timing.stepping import FEW, SLOW, STEPS, Stopwatch, cycled, in_turns, steady
+from pliant.plans.timing.stepping import FEW, SLOW, STEPS, Stopwatch, Turns, cycled, steady
 from pliant.solvers import Lin, Output, Program, run
 
 
-def measure_outside(model: Denoiser, batches: Sequence[int], long: float, watch: Stopwatch) -> dict[str, Curve]:
-    """Curves over images of "step", "guided", "update", "term", "noise" and "begin" (see `pricing`).
+class Outside:
+    """What happens around the calls of a model, timed in passes."""
 
-    long: seconds; batches whose steps would take longer are not measured.
-    """
-    found: dict[str, list[tuple[float, float]]] = {}
-    weights, slowest = Weights(), 0.0
-    for batch in batches:
-        if found and slowest * batch > long:
-            continue
-        slowest = watch.steps(cycled(model, [Compute()], 2, weights), batch)[-1] / batch
-        for name, seconds in _at(model, batch, weights, slowest * batch > SLOW, watch).items():
-            found.setdefault(name, []).append((float(batch), seconds))
-    return {name: Curve.of(points) for name, points in found.items()}
+    def __init__(self, model: Denoiser, batches: Sequence[int], long: float, watch: Stopwatch) -> None:
+        """long: seconds; batches whose steps would take longer are not measured."""
+        self.model, self.watch = model, watch
+        self.turns: dict[int, Turns] = {}
+        self.hot: dict[int, list[dict[str, float]]] = {}
+        weights, each = Weights(), 0.0
+        for batch in batches:
+            if self.turns and each * batch > long:
+                continue
+            each = watch.steps(cycled(model, [Compute()], 2, weights), batch)[-1] / batch
+            steps = FEW if each * batch > SLOW else STEPS
+            samplers = {"plain": cycled(model, self._cycle(), steps, weights)}
+            if model.config.class_dropout > 0:
+                samplers["guided"] = cycled(model, self._cycle(), steps, weights, Guidance.cfg(2.0))
+            self.turns[batch], self.hot[batch] = Turns(samplers, batch, watch), []
 
+    def _cycle(self) -> list[Compute]:
+        """A full call, and one that answers with what that one kept."""
+        return [Compute(write=("out",)), Compute(sites=f"C{self.model.num_sites}", reuse=Reuse("out"))]
 
-def _at(model: Denoiser, batch: int, weights: Weights, slow: bool, watch: Stopwatch) -> dict[str, float]:
-    labels, seeds = [i % model.num_classes for i in range(batch)], list(range(batch))
-    sites, steps = model.num_sites, FEW if slow else STEPS
-    cycle = [Compute(write=("out",)), Compute(sites=f"C{sites}", reuse=Reuse("out"))]
-    samplers = {"plain": cycled(model, cycle, steps, weights)}
-    if model.config.class_dropout > 0:
-        samplers["guided"] = cycled(model, cycle, steps, weights, Guidance.cfg(2.0))
-    taken = {name: steady(found, 2) for name, found in in_turns(samplers, batch, watch, slow).items()}
-    update, term = _sums(model, batch, watch)
-    return {
-        "step": max(taken["plain"] - update, 0.0),
-        "guided": max(taken["guided"] - taken["plain"], 0.0) if "guided" in taken else 0.0,
-        "update": update,
-        "term": term,
-        "noise": watch(lambda: batch_noise(seeds, 0, model.sample_shape, model.device)),
-        "begin": watch(lambda: samplers["plain"].begin(labels, seeds)),
-    }
+    def go(self) -> None:
+        """A pass."""
+        model = self.model
+        for batch, turns in self.turns.items():
+            turns.go()
+            labels, seeds = [i % model.num_classes for i in range(batch)], list(range(batch))
+            update, term = _sums(model, batch, self.watch)
+            self.hot[batch].append({
+                "update": update,
+                "term": term,
+                "noise": self.watch(partial(batch_noise, seeds, 0, model.sample_shape, model.device)),
+                "begin": self.watch(partial(turns.samplers["plain"].begin, labels, seeds)),
+            })  # fmt: skip
+
+    def curves(self) -> dict[str, Curve]:
+        """Curves over images of "step", "guided", "update", "term", "noise" and "begin" (see `pricing`)."""
+        points: dict[str, list[tuple[float, float]]] = {}
+        for batch, turns in self.turns.items():
+            taken = {name: steady(steps, 2) for name, steps in turns.medians().items()}
+            found = {unit: statistics.median(h[unit] for h in self.hot[batch]) for unit in self.hot[batch][0]}
+            found["step"] = max(taken["plain"] - found["update"], 0.0)
+            found["guided"] = max(taken["guided"] - taken["plain"], 0.0) if "guided" in taken else 0.0
+            for unit, seconds in found.items():
+                points.setdefault(unit, []).append((float(batch), seconds))
+        return {unit: Curve.of(found) for unit, found in points.items()}
 
 
 def _sums(model: Denoiser, batch: int, watch: Stopwatch) -> tuple[float, float]:

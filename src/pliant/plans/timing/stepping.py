@@ -22,7 +22,9 @@ from pliant.plans.sampling import Sampler
 
 Clock: TypeAlias = Callable[[], float]
 
-STEPS = 12
+PASSES = 3
+"""Over everything that is timed, so that a slow stretch of seconds hits a third of each number's runs."""
+STEPS = 8
 """Of a timed run."""
 FEW, SLOW = 4, 0.02
 """Steps of a run whose steps take more than so many seconds; nothing is lost in them that happens once per run."""
@@ -83,18 +85,36 @@ def cycled(
     return Sampler(model, made, weights=weights)
 
 
-def in_turns(
-    samplers: Mapping[str, Sampler], batch: int, watch: Stopwatch, slow: bool
-) -> dict[str, list[float]]:
-    """Median seconds of every step of each sampler, over rounds in which they take turns: a slow moment of the machine
-    hits all of them, and each finds the caches full of another one's. slow: fewer rounds, of steps that take long."""
-    rounds: list[dict[str, list[float]]] = []
-    for _ in range(3 if slow else 5):
-        rounds.append({name: watch.steps(sampler, batch) for name, sampler in samplers.items()})
-    counted = rounds[1:]  # kernels are chosen and memory is found in the first
-    return {
-        name: [statistics.median(step) for step in zip(*(r[name] for r in counted), strict=True)] for name in samplers
-    }
+class Turns:
+    """Samplers that take turns, so that a slow moment of the machine hits all of them, and each finds the caches full
+    of another one's. Their first runs, in which kernels are chosen and memory is found, are not counted."""
+
+    def __init__(self, samplers: Mapping[str, Sampler], batch: int, watch: Stopwatch) -> None:
+        """Raises PliantError for a sampler that cannot run."""
+        self.samplers, self.batch, self.watch = samplers, batch, watch
+        self.runs: list[dict[str, list[float]]] = []
+        slowest = max(self.watch.steps(sampler, batch)[-1] for sampler in samplers.values())
+        self.rounds = 1 if slowest > SLOW else 3
+
+    def go(self) -> None:
+        """A pass: one round of a slow network, three of a fast one."""
+        for _ in range(self.rounds):
+            self.runs.append({name: self.watch.steps(s, self.batch) for name, s in self.samplers.items()})
+
+    def medians(self) -> dict[str, list[float]]:
+        """Seconds of every step of each sampler, over all passes."""
+        return {
+            name: [statistics.median(step) for step in zip(*(run[name] for run in self.runs), strict=True)]
+            for name in self.samplers
+        }
+
+    def spread(self) -> float:
+        """Between the slowest and the fastest pass of the first sampler, as a share of its median."""
+        name = next(iter(self.samplers))
+        each = [statistics.median(run[name][1:] or run[name]) for run in self.runs]
+        passes = [statistics.median(each[k : k + self.rounds]) for k in range(0, len(each), self.rounds)]
+        middle = statistics.median(passes)
+        return (max(passes) - min(passes)) / middle if middle > 0.0 else 0.0
 
 
 def steady(steps: Sequence[float], cycle: int = 1) -> float:

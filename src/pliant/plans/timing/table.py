@@ -41,7 +41,7 @@ class Throughput:
     outside: Curves = field(default_factory=dict)
     """What happens around the calls: seconds by images of "step", "guided", "update", "term", "noise", "begin"."""
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """"date", "seconds" it took, and by what share the machine's speed had drifted at the end ("drift"); for people."""
+    """"date", "seconds" it took, by what share calls differed from pass to pass ("spread"); for people."""
 
     def with_more(self, other: Throughput) -> Throughput:
         """Both tables' measurements, the other's where both have one."""
