@@ -10,7 +10,8 @@ untrained, with weights of normal size everywhere. `--budgets`: plans made for "
 
 Two distributions are printed. A machine that others use, too, runs as fast today as it did when the table was measured
 or it does not: the first distribution has that in it. The second is of the same predictions times one number, how much
-longer two plain plans (`GAUGES`, not judged) took in the same turns than predicted: what `pliant bench --adjust` does.
+longer four plans (`GAUGES`, not judged) took in the same turns than predicted, as `pliant
+bench --adjust` asks.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from pliant.plans.timing.measure import ROWS, default_computes, measure
 SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)
 """Of the way from all steps weak to none, in predicted seconds: the budgets asked for."""
 PASSES = 3
-GAUGES = ("plain", "weak calls")
+GAUGES = ("plain", "weak calls", "guided", "fora")
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
@@ -205,7 +206,7 @@ def main() -> None:
                 prices = Prices(table, model, batch)
                 expected = {label: prices.plan(plan).seconds for label, plan in made.items()}
                 took = {label: batch * taken[plan.digest()] for label, plan in made.items()}
-                pace = statistics.mean(took[label] / expected[label] for label in GAUGES)
+                pace = statistics.median(took[label] / expected[label] for label in GAUGES)
                 errors = {label: pace * expected[label] / took[label] - 1 for label in made if label not in GAUGES}
                 for label in made:
                     row = {"model": name, "plan": label, "precision": precision, "batch": batch, "pace": pace}

@@ -20,7 +20,7 @@ from pliant.guidance import Guidance
 from pliant.plans import Budget, Plan, Sampler, parse_budget
 from pliant.plans.calls import Call
 from pliant.plans.timing import Curve, Machine, Prices, Throughput, cache_file, cached_table, this_machine
-from pliant.plans.timing.adjust import adjusted
+from pliant.plans.timing.adjust import adjusted, gauges
 from pliant.plans.timing.measure import measure
 from pliant.plans.timing.ready import ready_table
 from support.throughput import OUTSIDE, PIECES, foreign, line, synthetic_table
@@ -412,9 +412,11 @@ def test_a_table_follows_the_machine(make) -> None:
     made = adjusted(table, model, 2, Clock())
     plan = Plan.uniform(model, 12, "ddim")
     before = Prices(table, model, 2)
-    plain = [Plan.uniform(model, 8, "ddim", Compute(patch=patch, precision="fp32")) for patch in model.patch_sizes]
+    runs = [sampler.plan for sampler in gauges(table, model).values()]
+    assert len(runs) == 2 * len(model.patch_sizes)  # plain and guided
+    shares = [0.03 * len(plan.steps) / before.plan(plan).seconds for plan in runs]
     factor = made.measured["adjusted"]
-    assert factor == pytest.approx(statistics.median(8 * 0.03 / before.plan(p).seconds for p in plain), rel=1e-3)
+    assert factor == pytest.approx(statistics.median(shares), rel=1e-3)
     again = adjusted(made, model, 2, Clock())
     assert again.measured["adjusted"] == pytest.approx(factor, rel=1e-3)  # of what was measured, not of the last time
     for unit, curve in table.outside.items():
