@@ -300,7 +300,7 @@ class Call:
             size_of = rows // len(self.streams)
             place = self.streams.index("cond") * size_of
             hit = hit[place : place + size_of].repeat(len(self.streams))
-        state.run = torch.where(hit, state.run + 1, 0)
+        state.run = (state.run + 1) * hit
         state.hits = state.hits + hit
         state.total = torch.where(hit, total, 0.0)
         if gate.reference == "last_step" or not bool(hit.any()):

@@ -238,12 +238,27 @@ def cached(
 
 def _refuse_hooks(transformer: Any) -> None:
     """Hooks of other libraries sit on calls that a site program does not make."""
+    if not any(_hooked(module) for module in _modules(transformer)):
+        return
     for name, module in transformer.named_modules():
-        own = vars(module)  # asking a module for what it has not costs a microsecond each, on every request
-        registry = own.get("_diffusers_hook")
-        if (registry is not None and registry.hooks) or "_hf_hook" in own:
+        if _hooked(module):
             where = f"{type(transformer).__name__}{'.' + name if name else ''}"
             raise ConfigError(
                 f"{where} has hooks (diffusers' own cache, or offloading), which a site program would pass by; remove "
                 f"them first (transformer.disable_cache(), or no offloading)"
             )
+
+
+def _modules(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """All modules, in a tenth of the time that `root.modules()` takes: every request looks at them."""
+    left = [root]
+    while left:
+        module = left.pop()
+        yield module
+        left.extend(inner for inner in module._modules.values() if inner is not None)
+
+
+def _hooked(module: torch.nn.Module) -> bool:
+    own = vars(module)  # asking a module for what it has not is slow
+    registry = own.get("_diffusers_hook")
+    return (registry is not None and bool(registry.hooks)) or "_hf_hook" in own
