@@ -120,7 +120,7 @@ def test_stored_plans_run_and_keep_to_what_they_say():
             assert chosen not in judged, "judged on seeds that did not choose it"
 
 
-@pytest.mark.parametrize(("budget", "least"), [("5%", 0.9), ("10%", 0.9), ("20%", 0.9)])
+@pytest.mark.parametrize(("budget", "least"), [("5%", 0.9), ("10%", 0.9), ("20%", 0.9), ("40%", 0.9)])
 def test_digits_come_with_plans_for_small_budgets(budget, least):
     """Without guidance they are taken before the closed form, and spend most of what they may."""
     result = known(MODEL, budget)
