@@ -135,7 +135,8 @@ def recipe_rows(table: Table, name: str, folder: Path) -> None:
     solver, file = own.steps[0].solver.name, folder.parent / "done.json"
     spent = json.loads(file.read_text())["cpu_seconds"] if file.exists() else None
     facts = {"model": name, "solver": solver, "cpu_seconds": spent, "parameters": sum(p.numel() for p in model.parameters())}
-    if any(step.compute != own.steps[0].compute for step in own.steps):  # else it is one of the rows below
+    uniform = plans_of(model, solver, len(own.steps), own.steps[0].compute)
+    if uniform is None or uniform.digest() != own.digest():  # else it is one of the rows below
         table.measure(f"{name}/own plan", model, own, patch="plan", **facts)
     if any(step.compute.refine for step in own.steps):
         return  # its few-step plan is the one above; other solvers ask the teacher, which has rows of its own

@@ -58,7 +58,7 @@ distill() {
 }
 
 jumps() {
-    # Real images; the teacher's velocities are the target. MeanFlow's derivative wants fp32.
+    # Real images; the teacher's velocities are the target. MeanFlow's derivative, a difference, wants fp32.
     local recipe=$1 resume=()
     shift
     [[ -d $run/$recipe ]] && resume=(--resume)
@@ -78,9 +78,9 @@ case $stage in
     reflow) distill reflow ;;
     rfpp) distill rfpp ;; # Huber, configuration D; metric.name=perceptual-huber where lpips is installed
     ctm) jumps ctm objective.intervals=18 objective.most=17 ;;
-    mean-flow) jumps mean-flow train.precision=fp32 ;;
+    mean-flow) jumps mean-flow train.precision=fp32 objective.window=0.03 ;;
     measure) measure ;;
     all) distill reflow && distill rfpp && jumps ctm objective.intervals=18 objective.most=17 \
-        && jumps mean-flow train.precision=fp32 && measure ;;
+        && jumps mean-flow train.precision=fp32 objective.window=0.03 && measure ;;
     *) echo "unknown stage $stage: reflow, rfpp, ctm, mean-flow, measure or all" >&2; exit 2 ;;
 esac

@@ -348,14 +348,22 @@ def test_trigflow_wraps_a_rectified_flow_and_its_exact_consistency_has_no_tangen
         clean = like(STD / own * total, state) * state
         return (state - clean) / like(t, state)
 
-    def tangent(model):
-        objective = TrigConsistency(gaussian_teacher(STD), warmup=0)
+    def tangent(model, window=0.0):
+        objective = TrigConsistency(gaussian_teacher(STD), warmup=0, window=window)
         answer, moved = objective._derivative(model, x, angle, y, flow)
         c, s = like(cos, x), like(sin, x)
         return -(c**2) * (answer - flow) - (c * s * x + moved)
 
     assert float(tangent(Stub(consistent, flow_map=False)).abs().max()) < 1e-10
     assert float(tangent(gaussian_teacher(STD)).abs().mean()) > 0.1
+    # Averaged over a window the exact one has next to none, and ripples in t do not make one.
+    assert float(tangent(Stub(consistent, flow_map=False), 0.02).abs().mean()) < 2e-3
+
+    def rippled(state, t, s):
+        return consistent(state, t, s) + 0.02 * torch.cos(700 * like(t, state))
+
+    steep, smooth = (tangent(Stub(rippled, flow_map=False), window).abs().mean() for window in (0.0, 0.02))
+    assert float(steep) > 10 * float(smooth)
 
 
 def test_scm_moves_towards_consistency():
