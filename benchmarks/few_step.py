@@ -28,6 +28,7 @@ from pliant.files import write_json
 from pliant.plans import Plan, Sampler, weakest
 
 COUNTS = (1, 2, 4, 8)
+"""Evaluations; the columns of the table."""
 SOLVERS = ("euler", "heun", "dpmpp-2m", "unipc-2", "flow-ab-2")
 """Of the teacher. Heun takes two calls a step but the last: counts it cannot hit exactly are left out."""
 
@@ -73,7 +74,7 @@ class Table:
 
 
 def teacher_rows(table: Table, model: pliant.Denoiser) -> None:
-    for count in reversed(COUNTS):  # the most interesting comparison first
+    for count in reversed(table.args.counts):  # the most interesting comparison first
         for solver in SOLVERS:
             plan = plans_of(model, solver, count)
             if plan is not None:
@@ -140,7 +141,7 @@ def recipe_rows(table: Table, name: str, folder: Path) -> None:
         table.measure(f"{name}/own plan", model, own, patch="plan", **facts)
     if any(step.compute.refine for step in own.steps):
         return  # its few-step plan is the one above; other solvers ask the teacher, which has rows of its own
-    for patch, counts in (("own", COUNTS), ("weak", COUNTS[:3] if len(model.patch_sizes) > 1 else ())):
+    for patch, counts in (("own", table.args.counts), ("weak", table.args.counts[:3] if len(model.patch_sizes) > 1 else ())):
         for count in counts:
             plan = plans_of(model, solver, count, Compute() if patch == "own" else weakest(model))
             if plan is not None:
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="digits")
     parser.add_argument("--reference", default="digits")
     parser.add_argument("--extractor", default="digits-classifier")
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS), help="evaluations to measure at")
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="recipes, in this order; default: all")

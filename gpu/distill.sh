@@ -13,7 +13,7 @@ OUT=${OUT:-runs/out}
 TEACHER=${TEACHER:-runs/cifar10-flow/model}
 PYTHON=${PYTHON:-$(command -v .venv/bin/python || command -v python3)}
 export PYTHONPATH="src:${PYTHONPATH:-}" PYTHONUNBUFFERED=1
-limit=() run=runs/cifar10-few num=10000 repeats=3 reference=cifar10-train.parquet
+limit=() run=runs/cifar10-few num=10000 repeats=3 reference=cifar10-train.parquet counts=(1 2 4 8)
 # 250,000 pairs of 18 Heun steps (35 evaluations), as rfpp's 1M for its own models; 20,000 steps of 256.
 pairs=(pairs.count=250000 pairs.shard_size=5000 pairs.batch_size=1000 pairs.plan.steps=18 pairs.plan.solver=heun)
 train=(
@@ -22,7 +22,7 @@ train=(
 )
 if [[ ${1:-} == --smoke ]]; then
     shift
-    run=runs/smoke-few num=20 repeats=2 reference=cifar10-test.parquet
+    run=runs/smoke-few num=20 repeats=2 reference=cifar10-test.parquet counts=(1)
     TEACHER=runs/smoke-few-teacher
     pairs=(pairs.count=32 pairs.shard_size=16 pairs.plan.steps=2 pairs.plan.solver=heun)
     limit=(data.limit=64)
@@ -70,7 +70,8 @@ measure() {
     local device
     device=$("$PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
     "$PYTHON" benchmarks/few_step.py --teacher "$TEACHER" --out "$run" --only reflow rfpp ctm mean-flow --no-train --device "$device" \
-        --reference "$DATA/$reference" --extractor cifar10-classifier --num "$num" --repeats "$repeats"
+        --reference "$DATA/$reference" --extractor cifar10-classifier --num "$num" --repeats "$repeats" \
+        --counts "${counts[@]}"
     cp "$run"/few-step.{json,md} "$OUT"
 }
 
