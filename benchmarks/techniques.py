@@ -218,6 +218,8 @@ def plot(rows: dict[str, dict[str, Any]], file: Path, extractor: str) -> None:
             )  # fmt: skip
         axis.set_xlabel(f"{of}, % of the plain plan")
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel(f"Fréchet distance ({extractor})")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
