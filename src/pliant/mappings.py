@@ -33,3 +33,16 @@ def from_mapping(kind: type[Settings], values: Mapping[str, Any], what: str) -> 
 
 def _listed(value: Any) -> Any:
     return [_listed(v) for v in value] if isinstance(value, tuple) else value
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(`name.of.the.setting`, what it was, what it is) of the first one that differs; missing ones are None."""
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            deeper = first_difference(old, new)
+            return None if deeper is None else (f"{key}.{deeper[0]}", *deeper[1:])
+        return key, old, new
+    return None

@@ -151,6 +151,18 @@ def test_online_reflow(teacher: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "pairs-1").exists()
 
 
+def test_a_folder_of_an_older_version_resumes(teacher: str, tmp_path: Path) -> None:
+    run_recipe("direct", teacher, tmp_path)
+    file = tmp_path / "recipe.json"
+    stored = json.loads(file.read_text())
+    del stored["class_dropout"], stored["train"]["lora_rank"]  # settings that such a version did not have
+    file.write_text(json.dumps(stored))
+    run_recipe("direct", teacher, tmp_path, resume=True)
+    file.write_text(json.dumps({**stored, "invented": 1}))  # and one that this version does not have
+    with pytest.raises(ConfigError, match="begun with another"):
+        run_recipe("direct", teacher, tmp_path, resume=True)
+
+
 def test_other_settings_and_used_folders_are_refused(teacher: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_recipe("direct", teacher, out)
@@ -159,6 +171,9 @@ def test_other_settings_and_used_folders_are_refused(teacher: str, tmp_path: Pat
     changed = parse_recipe({"recipe": "direct", **TINY["direct"], "class_dropout": 0.1})
     with pytest.raises(ConfigError, match="another 'class_dropout'"):
         distil(changed, teacher, out, resume=True, quiet=True)
+    deeper = {**TINY["direct"], "train": {**TRAIN, "steps": 7}}
+    with pytest.raises(ConfigError, match=r"another 'train\.steps' \(\d+, now 7\)"):
+        distil(parse_recipe({"recipe": "direct", **deeper}), teacher, out, resume=True, quiet=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
     with pytest.raises(ConfigError, match=r"holds 'thesis.txt'"):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from pliant.training.checkpoint import load_checkpoint
 from pliant.training.config import TrainConfig
 from pliant.training.data import ImageSet
 from pliant.training.objectives import FlowMatching
+from pliant.training.state import Trainable
+from support.networks import tiny_denoiser
 from support.training import TINY_DIT, equal_states, tiny_config
 
 
@@ -65,6 +68,18 @@ def test_resuming_is_exact(straight: Path, tmp_path: Path) -> None:
     assert result.step == 6
     assert_same_end(straight, tmp_path)
     assert losses(tmp_path) == losses(straight)
+
+
+def test_an_older_checkpoint_resumes_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = Trainable(tiny_denoiser().network, tiny_config(tmp_path, steps=1))
+    state = trained.capture(0)
+    info = json.loads(json.dumps(state.info))
+    del info["config"]["data"]["crop"], info["config"]["compile"]  # settings that such a version did not have
+    trained.restore(tmp_path, replace(state, info=info))
+    assert not caplog.records
+    info["config"]["seed"] = 12345
+    trained.restore(tmp_path, replace(state, info=info))
+    assert "another seed" in caplog.text
 
 
 KILLED = """

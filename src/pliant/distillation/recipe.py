@@ -98,7 +98,21 @@ def distil(
     hooks: `progress`, see `Workshop`. Raises PliantError for unusable input, a folder that is in use, or settings other
     than those the folder was begun with.
     """
-    settings = {"teacher": teacher, **recipe.model_dump(mode="json", by_alias=True)}
-    work = Workshop(teacher, Path(out), recipe.seed, settings, resume=resume, quiet=quiet, **hooks)
+    settings = _settings(recipe, teacher)
+    work = Workshop(teacher, Path(out), recipe.seed, settings, resume=resume, quiet=quiet, read=_completed, **hooks)
     model = recipe.run(work)
     return work.finish(model, recipe.final_plan(work))
+
+
+def _settings(recipe: Recipe, teacher: str) -> dict[str, Any]:
+    return {"teacher": teacher, **recipe.model_dump(mode="json", by_alias=True)}
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """Stored settings with the defaults of settings that Pliant did not have yet; unreadable ones as they are."""
+    try:
+        tree = dict(stored)
+        teacher = tree.pop("teacher")
+        return _settings(parse_recipe(tree), teacher)
+    except (ConfigError, KeyError):
+        return stored

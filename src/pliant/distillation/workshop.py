@@ -18,6 +18,7 @@ from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, DataError, PliantError
 from pliant.files import write_json
 from pliant.formats import load, native
+from pliant.mappings import first_difference
 from pliant.training.data.pairs import PairSet
 
 if TYPE_CHECKING:
@@ -49,11 +50,15 @@ class Workshop:
         resume: bool = False,
         quiet: bool = False,
         progress: Progress = _silent,
+        read: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
-        """teacher: folder, file, bundled name or Hub id. Raises PliantError if the folder is in use or unwritable."""
+        """teacher: folder, file, bundled name or Hub id. read: completes the stored settings of a folder in use.
+
+        Raises PliantError if the folder is in use or unwritable.
+        """
         self.teacher, self.folder, self.seed, self.quiet, self.progress = teacher, folder, seed, quiet, progress
         self._flexible: bool | None = None
-        _open(folder, settings, resume)
+        _open(folder, settings, resume, read)
 
     def pairs(self, stage: str, teacher: str, part: PairsPart) -> str:
         """The folder of a complete store of a teacher's pairs, made or completed now unless `part.folder` is one."""
@@ -163,21 +168,24 @@ class Workshop:
             print(text, flush=True)
 
 
-def _open(folder: Path, settings: Mapping[str, Any], resume: bool) -> None:
+def _open(
+    folder: Path, settings: Mapping[str, Any], resume: bool, read: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
     """Create the folder, or find it begun with the same settings."""
     file = folder / SETTINGS
     if file.is_file():
         if not resume and _is_main():
             raise ConfigError(f"{folder} already holds a distillation: continue with --resume, or choose another --out")
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read ({error}); choose another --out") from None
         now = json.loads(json.dumps(settings))
-        if changed := sorted(key for key in {*now, *before} if now.get(key) != before.get(key)):
+        if changed := first_difference(before, now):
+            name, old, new = changed
             raise ConfigError(
-                f"{folder} was begun with another {changed[0]!r} ({before.get(changed[0])!r}, now "
-                f"{now.get(changed[0])!r}): resume with the same settings, or choose another --out"
+                f"{folder} was begun with another {name!r} ({old!r}, now {new!r}): resume with the same settings, or "
+                f"choose another --out"
             )
         return
     if not _is_main():

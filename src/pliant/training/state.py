@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pliant.errors import ConfigError, FormatError
 from pliant.training.checkpoint import TrainingState
-from pliant.training.config import TrainConfig
+from pliant.training.config import TrainConfig, parse_config
 from pliant.training.ema import EMA
 from pliant.training.fingerprint import changed_settings, frozen_hash
 from pliant.training.sharded import everywhere, gathered, local, placed
@@ -77,8 +77,7 @@ class Trainable:
         """Take over a checkpoint. Raises FormatError if it belongs to another model; notes changed settings."""
         if state.info.get("frozen") != self._frozen:
             raise FormatError(f"{path} belongs to another base model: its frozen weights differ from these")
-        before: Mapping[str, Any] = state.info.get("config", {})
-        for name in changed_settings(before, self.config.to_dict()):
+        for name in changed_settings(_completed(state.info.get("config", {})), self.config.to_dict()):
             logger.warning("resuming with another %s: not the result of one uninterrupted run", name)
         own = self._model_tensors()
         if own.keys() != state.model.keys() or any(own[k].shape != v.shape for k, v in state.model.items()):
@@ -103,3 +102,11 @@ class Trainable:
         frozen = {name for name, p in self.network.named_parameters() if not p.requires_grad}
         own = {name: tensor for name, tensor in self.network.state_dict().items() if name not in frozen}
         return {**own, **{f"{COMPANIONS}.{name}": tensor for name, tensor in self.companions.state_dict().items()}}
+
+
+def _completed(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stored config with the defaults of settings that Pliant did not have yet; an unreadable one as it is."""
+    try:
+        return parse_config(stored).to_dict()
+    except ConfigError:
+        return stored
