@@ -1,6 +1,6 @@
 """Predicted against measured seconds of plans that the throughput table was not fitted on.
 
-    python benchmarks/predicted_seconds.py [--model digits DiT-S/2 CIFAR] [--precision fp32 bf16] [--rounds 3]
+    python benchmarks/predicted_seconds.py [--model digits DiT-S/2 CIFAR FOLDER] [--precision fp32 bf16] [--rounds 3]
         [--clock wall|process] [--table FOLDER] [--json predicted.json] [--budgets]
 
 The table is the one of `pliant bench` (measured here first, or read from FOLDER, which keeps it). Measured: the median
@@ -46,9 +46,9 @@ CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def model_named(name: str) -> Denoiser:
-    """The bundled digits model, or an untrained network with random weights and a weak patch size."""
-    if name == "digits":
-        model = pliant.load("digits")
+    """A bundled or trained model, or an untrained network with random weights and a weak patch size."""
+    if name == "digits" or Path(name).is_dir():
+        model = pliant.load(name)
         model.network.requires_grad_(False)
         return model
     sizes = {"width": 256, "depth": 8, "heads": 4, "in_channels": 3, "num_classes": 10, "learn_sigma": False}
