@@ -79,7 +79,7 @@ def test_attention_for_training_in_bf16_is_attention(masked: bool) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             out = attend(*leaves, mask)
         found = [out, *torch.autograd.grad(out, leaves, g.to(out.dtype))]
-        return [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True)]
+        return [((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True)]
 
     leaves = [u.clone().requires_grad_() for u in (q, k, v)]
     out = F.scaled_dot_product_attention(*leaves, attn_mask=mask)

@@ -132,9 +132,10 @@ def test_plans_take_turns(model: Denoiser, monkeypatch: pytest.MonkeyPatch) -> N
             return torch.zeros(1)
 
     monkeypatch.setattr(module, "Sampler", Fake)
-    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     advanced: list[tuple[int, int]] = []
-    found = seconds_in_turns(model, plans, batch=4, rounds=3, advance=lambda a, b: advanced.append((a, b)))
+    found = seconds_in_turns(
+        model, plans, batch=4, rounds=3, advance=lambda a, b: advanced.append((a, b)), clock=lambda: clock[0]
+    )
     assert order == [1, 2] * 4
     assert found == {plans[0].digest(): 0.25, plans[1].digest(): 0.5}
     assert advanced[-1] == (8, 8)

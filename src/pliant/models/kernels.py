@@ -153,12 +153,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(torch.bfloat16).min)
         return torch.matmul(scores.softmax(-1), v)
-    # Of one sample's shape alone, so that an image is the same in every batch.
-    large = q.shape[1] * q.shape[2] * k.shape[2] >= WORTH_SPLITTING
-    own = large and mask is None and q.dtype == torch.bfloat16 and not has_matrix_tiles()
+    own = mask is None and q.dtype == torch.bfloat16 and _pays_to_split(q.shape[1] * q.shape[2] * k.shape[2])
     if own and _can_fuse(q, k) and _can_fuse(v, v):
         return _split_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _pays_to_split(scores: int) -> bool:
+    """scores: of one sample alone, so that an image is the same in every batch."""
+    return scores >= WORTH_SPLITTING and not has_matrix_tiles()
+
+
+def attention_scratch(rows: int, heads: int, queries: int, keys: int) -> int:
+    """Bytes of the scores, before and after softmax, that bf16 `attention` on a CPU without gradients holds at most."""
+    if not _pays_to_split(heads * queries * keys):
+        return 0
+    at_once = min(rows * heads, max(1, SCORES_AT_ONCE // (queries * keys)))
+    return 2 * 2 * at_once * queries * keys
 
 
 def _split_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from pliant.compute import Compute, TransformerShape
 from pliant.compute.cost import parameter_count
 from pliant.compute.lowering import Slot, write_slots
 from pliant.compute.sites import parse_sites
+from pliant.compute.tokens import Merge, Subset
 from pliant.denoiser import Denoiser
+from pliant.models.kernels import attention_scratch
 from pliant.models.precision import resolve_precision
 from pliant.plans.calls import Call, cache_depth, calls_of
 from pliant.plans.engine import TABLE_BYTES
@@ -30,6 +32,9 @@ ITEM = {"bf16": 2, "bf16-compiled": 2, "fp32": 4}
 """Bytes of a number of the residual stream, where the precision decides it; elsewhere as the weights are stored."""
 LINEAR = {"bf16-mixed": 2, "int8d": 1}
 """Bytes per weight of the blocks' linears, where only those are converted."""
+
+IN_ATTENTION = 8.0
+"""Tensors of the residual stream's size alive there: state, normalised state, qkv, the heads' outputs twice, branch."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ def plan_memory(plan: Plan, model: Denoiser, batch: int) -> Memory:
     kept: dict[object, int] = {}
     depth = cache_depth(plan)
     activations = moved = 0
+    splits = model.device.type == "cpu"
     for evaluation in program.evaluations:
         for call in calls_of(plan.steps[evaluation.step]):
             own, compute = call.model(model), call.compute
@@ -78,7 +84,9 @@ def plan_memory(plan: Plan, model: Denoiser, batch: int) -> Memory:
                     place = (key, slot, stream)
                     kept[place] = min(kept.get(place, 0) + batch * size, depth * batch * size)
             here = rows * shape.tokens * shape.width * item
-            activations = max(activations, round(here * _widest(shape, compute)) + rows * row * (rows > 1))
+            scores = attention_scratch(rows, shape.heads, *_attended(shape, compute)) if splits and item == 2 else 0
+            widest = max(here * _widest(shape, compute), here * IN_ATTENTION + scores)
+            activations = max(activations, round(widest) + rows * row * (rows > 1))
             moved += _weights_read(shape, item) + round(here * _passes(shape, compute))
             moved += sum(2 * rows * size for _, size in slots(compute, shape, item))
     state = batch * math.prod(model.sample_shape) * 4
@@ -144,15 +152,21 @@ def slots(compute: Compute, shape: TransformerShape, item: int) -> Iterator[tupl
 def _widest(shape: TransformerShape, compute: Compute) -> float:
     """Residual-stream-sized tensors alive at the widest moment of a call.
 
-    In attention: the state, its normalised form, qkv, the heads' outputs twice and the branch. In the MLP: the block's
-    input, the new state, its normalised form and the hidden features (GELU is fused into the product that makes them,
-    except where increments keep both sides of it). Written spans hold the state where they begin, and their change.
+    In attention `IN_ATTENTION`. In the MLP: the block's input, the new state, its normalised form and the hidden
+    features (GELU is fused into the product that makes them, except where increments keep both sides of it). Written
+    spans hold the state where they begin, and their change.
     """
     ratio = shape.mlp_hidden / shape.width
-    widest = max(8.0, 3.0 + ratio * (shape.mlp_linears - 1))  # both first linears of a gated MLP
+    widest = max(IN_ATTENTION, 3.0 + ratio * (shape.mlp_linears - 1))  # both first linears of a gated MLP
     if "increment" in compute.write:
         widest = max(widest, 4.0 + 2.0 * ratio)
     return widest + (len(compute.spans) + 1 if compute.spans else 0)
+
+
+def _attended(shape: TransformerShape, compute: Compute) -> tuple[int, int]:
+    """Queries and keys of one image where a call attends to most."""
+    kept = compute.tokens.count(shape.tokens) if isinstance(compute.tokens, Subset | Merge) else shape.tokens
+    return kept, kept if isinstance(compute.tokens, Merge) else shape.tokens
 
 
 def _passes(shape: TransformerShape, compute: Compute) -> float:
