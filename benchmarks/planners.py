@@ -6,8 +6,8 @@
 
 Budgets are shares of the FLOPs of the all-powerful baseline: `--steps` steps of dpmpp-2m at full compute, guided. Every
 technique chooses its plan on `--tune` images with the seeds 0, 1, ... by the Fréchet distance to the reference; those
-that search decide between their finalists on four times as many. `auto` starts from closed forms and from the other
-techniques' winners. Then every plan is measured on three sets of `--num`
+that search decide between their finalists on four times as many. `auto` starts from closed forms, from the other
+techniques' winners, and from what it found for smaller budgets. Then every plan is measured on three sets of `--num`
 images that no planner has seen, the same for all plans.
 
 A row's distance is the mean of the three sets; its 90 % interval is by bootstrap over the images of each set. "Against
@@ -136,7 +136,10 @@ class Bench:
         found.update({name: searched(name, self.args.evaluations, finalists=3) for name in SEARCHED if name in PLANNERS})
 
         def auto() -> tuple[Plan, int]:
-            others = [r for r in self.rows.values() if r["budget"] == budget and not r["technique"].startswith("auto")]
+            others = [
+                r for r in self.rows.values()
+                if (r["budget"] == budget) != r["technique"].startswith("auto") and r["budget"] <= budget
+            ]  # fmt: skip
             starts = [Plan.from_dict(r["plan"]) for r in others if r.get("plan")]
             return searched("auto", self.args.auto_evaluations, starts=starts)()
 
