@@ -60,5 +60,5 @@ def adjusted(
     """The table times the machine's present `pace`; `measured` says so."""
     factor = pace(table, model, batch, clock)
     before = float(table.measured.get("adjusted", 1.0))
-    facts = {"adjusted": round(before * factor, 4), "adjusted_on": date.today().isoformat()}
+    facts = {"adjusted": float(f"{before * factor:.6g}"), "adjusted_on": date.today().isoformat()}
     return table.scaled(factor, facts)
