@@ -14,9 +14,15 @@ if TYPE_CHECKING:
     Settings = TypeVar("Settings", bound=DataclassInstance)
 
 
-def to_mapping(settings: DataclassInstance) -> dict[str, Any]:
-    """All fields of a dataclass by name, with lists in place of tuples, also inside tuples."""
-    return {name: _listed(value) for name, value in asdict(settings).items()}
+def to_mapping(settings: DataclassInstance, silent: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All fields of a dataclass by name, with lists in place of tuples, also inside tuples.
+
+    silent: values by field that are left out, and with it None of any field; None: everything is said.
+    """
+    values = {name: _listed(value) for name, value in asdict(settings).items()}
+    if silent is None:
+        return values
+    return {k: v for k, v in values.items() if v is not None and (k not in silent or v != silent[k])}
 
 
 def from_mapping(kind: type[Settings], values: Mapping[str, Any], what: str) -> Settings:

@@ -133,8 +133,7 @@ class DiTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         # Plain networks do not mention cuts or flow maps, so that identities made before there were any stay the same.
-        values = {k: v for k, v in to_mapping(self).items() if v is not None}
-        return values if self.flow_map else {k: v for k, v in values.items() if k != "flow_map"}
+        return to_mapping(self, silent={"flow_map": False})
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> DiTConfig:

@@ -130,8 +130,7 @@ class FlexibleConfig:
 
     def to_dict(self) -> dict[str, Any]:
         # Networks that jump nowhere do not mention it, so that identities made before there were flow maps stay.
-        values = {k: v for k, v in to_mapping(self).items() if v is not None}
-        return values if self.flow_map else {k: v for k, v in values.items() if k != "flow_map"}
+        return to_mapping(self, silent={"flow_map": False})
 
     @staticmethod
     def from_dict(config: dict[str, Any]) -> FlexibleConfig:
