@@ -168,14 +168,17 @@ def attention_scratch(rows: int, heads: int, queries: int, keys: int) -> int:
     """Bytes of the scores, before and after softmax, that bf16 `attention` on a CPU without gradients holds at most."""
     if not _pays_to_split(heads * queries * keys):
         return 0
-    at_once = min(rows * heads, max(1, SCORES_AT_ONCE // (queries * keys)))
-    return 2 * 2 * at_once * queries * keys
+    return 2 * 2 * min(rows * heads, _heads_at_once(queries, keys)) * queries * keys
+
+
+def _heads_at_once(queries: int, keys: int) -> int:
+    return max(1, SCORES_AT_ONCE // (queries * keys))
 
 
 def _split_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scale = q.shape[-1] ** -0.5
     flat = [part.reshape(-1, *part.shape[2:]) for part in (q, k, v)]
-    size = max(1, SCORES_AT_ONCE // (q.shape[2] * k.shape[2]))
+    size = _heads_at_once(q.shape[2], k.shape[2])
     parts = []
     for asked, keys, values in zip(*(part.split(size) for part in flat), strict=True):
         scores = torch.baddbmm(asked.new_empty(1, 1, 1), asked, keys.transpose(1, 2), beta=0, alpha=scale)
