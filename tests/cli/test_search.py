@@ -43,6 +43,8 @@ def test_a_budget_alone_is_planned(flexible: Path, plain: Path, run: Run) -> Non
         report = run("plan", model, "--budget", "30%", "--json").json
         plan = Plan.from_dict(report["plan"])
         assert plan.provenance["planner"] in ("weak-split", "closed-form")
+        rich = run("plan", model, "--budget", "1 TFLOP", "--json")
+        assert len(rich.json["plan"]["steps"]) == 50 and "full compute, 50 steps, costs 100.0%" in rich.err
     done = run("sample", flexible, "--budget", "30%", "--num", 1, "-o", flexible.with_name("one.png"))
     assert done.code == 0, done.err
 

@@ -108,6 +108,9 @@ def test_the_clock_stops_it_and_the_journal_remembers_the_time(tmp_path):
     file = tmp_path / "journal.jsonl"
     first = evolve(SPACE, distance, 400, seconds=25.0, journal=Journal(file), clock=clock)
     assert first.stopped == "time" and len(first.history) == 25 and first.seconds == 25.0
+    totals = []
+    evolve(SPACE, distance, 400, seconds=25.0, clock=clock, progress=lambda done, total, text: totals.append(total))
+    assert totals == [25] * 25, "progress is of what the clock allows"
     refuse = lambda genome: pytest.fail("measured again")  # noqa: E731
     again = evolve(SPACE, refuse, 400, seconds=25.0, journal=Journal(file), clock=clock)
     assert again.history == first.history

@@ -8,10 +8,12 @@ import pytest
 import pliant
 from pliant.errors import PlanError
 from pliant.planning import PlanResult, Score, default_objective, known, ready, search
+from pliant.planning.distribution import FRESH
 from pliant.planning.planner import read_time
 from pliant.planning.racing import Effort, finalists
 from pliant.planning.task import Task
-from pliant.plans import Plan
+from pliant.plans import Budget, Plan
+from support.throughput import synthetic_table
 
 MODEL = pliant.load("digits")
 FULL = Plan.uniform(MODEL, 50, guidance=1.5).cost(MODEL).flops
@@ -42,6 +44,31 @@ def test_a_model_of_one_patch_size_gets_fewer_steps():
     assert len(found.plan.steps) == 5 and found.planner == "closed-form" and found.quality is None
     with pytest.raises(PlanError, match=r"the budget 1% is below the cheapest plan .* costs 2\.0% of full compute"):
         pliant.plan(plain, "1%", guidance=1.5)
+
+
+@pytest.mark.parametrize("budget", ["30 GFLOP", Budget(seconds=1e6, throughput=synthetic_table(MODEL))])
+def test_more_than_full_compute_is_full_compute(budget):
+    """And not a teacher of a thousand steps."""
+    plain = replace(MODEL, network=MODEL.network.base, metadata={})
+    assert Task.begin("boss", MODEL, budget, None, 50, 1.5, 0, None).most_steps() == 50
+    assert pliant.plan(MODEL, budget, guidance=1.5).steps == Plan.uniform(MODEL, 50, guidance=1.5).steps
+    if isinstance(budget, str):  # the table is of the other model
+        assert len(pliant.plan(plain, budget, steps=20).steps) == 20
+
+
+def test_what_a_planner_chose_is_confirmed_on_fresh_seeds():
+    """By full compute's own samples where a proxy chose, else by what chose; closed forms measured nothing."""
+    quick = {"steps": 6, "nodes": 6, "samples": 2}
+    found = search(MODEL, "35%", "boss", **quick)
+    assert found.objective == "relative Fréchet distance (digits-classifier)"
+    assert found.settings["believed"]["objective"] == "error to the teacher's samples"
+    assert found.settings["confirmed_by"]["seeds"] == f"{FRESH}..{FRESH + 255}"
+    judge = default_objective(MODEL, 6, num=40)
+    found = search(MODEL, "35%", "boss", objective=judge, **quick)
+    assert found.settings["confirmed_by"]["seeds"] == f"{FRESH}..{FRESH + 39}"
+    assert found.settings["believed"]["quality"] == judge(found.plan).to_dict()
+    assert search(MODEL, "35%", "weak-split", steps=6).quality is None
+    assert search(MODEL, "35%", "weak-split", steps=6, objective=FewSteps()).quality.value == 2.0
 
 
 def test_a_search_by_name_with_its_evidence():

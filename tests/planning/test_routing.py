@@ -48,9 +48,13 @@ def test_the_known_best_assignment(price, quality, cost):
 
 def test_cost_and_quality_fall_with_the_price():
     features, truth = crowd()
-    router = Router((CHEAP, DEAR), COSTS, Neighbours.fit(features, truth + 0.02 * torch.randn(500, 2)))
-    rows = [outcome(router, features, truth, price) for price in torch.linspace(0, 0.1, 25).tolist()]
-    assert all(a[1] >= b[1] for a, b in pairwise(rows))
+    noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for estimate in (known, Neighbours.fit(features, truth + 0.02 * noise)):
+        router = Router((CHEAP, DEAR), COSTS, estimate)
+        believed = estimate(features)
+        rows = [outcome(router, features, believed, price) for price in torch.linspace(0, 0.1, 25).tolist()]
+        assert all(a[0] >= b[0] - 1e-12 and a[1] >= b[1] for a, b in pairwise(rows))
+        assert rows[0][0] > rows[-1][0] and rows[0][1] > rows[-1][1]
 
 
 @pytest.mark.parametrize("kind", [Neighbours, Head])

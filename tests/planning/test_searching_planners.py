@@ -3,7 +3,7 @@
 import json
 import random
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import pliant
 from pliant.compute import Compute
 from pliant.errors import PlanError
 from pliant.guidance import Guidance
+from pliant.paths import get_path
 from pliant.planning import Score
 from pliant.planning.auto import auto
 from pliant.planning.autodiffusion import autodiffusion
@@ -27,10 +28,12 @@ from pliant.plans import Budget, Plan, sample
 from pliant.plans.budget import SLACK
 from pliant.plans.timing.table import network_kind
 from pliant.solvers import compile_program, get_solver, normal_form
+from support.planning import FlowError
 from support.throughput import line, synthetic_table
 
 MODEL = pliant.load("digits")
 FEW = {"solvers": ["dpmpp-2m", "unipc-3"], "caches": False, "fit": False}
+VP = get_path("vp-discrete", betas="scaled-linear")
 FULL = Plan.uniform(MODEL, 50, guidance=1.5).cost(MODEL).flops
 
 
@@ -267,6 +270,20 @@ def test_s3_improves_on_its_named_solvers():
     assert found.quality.value < 0.9 * min(named)
 
 
+@pytest.mark.parametrize("predictor", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_s3_beats_named_solvers_on_the_mixture(predictor):
+    """Sheet D, 4, (3): gmm2d, 6 calls, 300 evaluations, at least 1.3 times better than the best of four, on other
+    starts too. Measured, 6 and 4 seeds: PLMS .0177, S3 .00019 to .00046, with the predictor .00016 to .00025."""
+    model = replace(MODEL, path=VP)
+    judge, fresh = FlowError(model), FlowError(model, 256, seed=1)
+    found = s3(model, "12.4%", objective=judge, evaluations=300, finalists=1, seed=0, predictor=predictor)
+    named = [Plan.uniform(model, 6, solver) for solver in ("ddim", "dpmpp-2m", "unipc-3")]
+    named.append(Plan.uniform(model, 5, "plms"))
+    assert {p.cost(model).evaluations for p in (found.plan, *named)} == {6}
+    for measure in (judge, fresh):
+        assert 1.3 * measure(found.plan).value < min(measure(p).value for p in named)
+
+
 def test_the_predictor_ranks_schedules_it_has_not_seen():
     rng = random.Random(0)
 
@@ -293,21 +310,37 @@ def test_the_predictor_ranks_schedules_it_has_not_seen():
 
 
 def test_autodiffusion_trades_layers_for_steps_within_the_budget():
-    """A measure that wants many steps, and the last ones whole."""
+    """A measure that wants many steps, and a little that the last ones are whole: 6 or 7 steps for all of 16 seeds."""
 
     def value(plan):
-        skipped = [0 if s.compute.sites is None else s.compute.sites.count("K") > 0 for s in plan.steps]
-        return -len(plan.steps) + 5 * sum(skipped[-2:])
+        return -len(plan.steps) + 0.1 * sum((s.compute.sites or "").count("K") for s in plan.steps[-2:])
 
     judge = Judge(value)
     found = autodiffusion(MODEL, "10%", objective=judge, guidance=1.5, evaluations=120, most_skipped=0.4, seed=1)
     assert all(share(p) <= 0.1 + 1e-3 for p in judge.asked)
-    assert len(found.plan.steps) == 6, "five full steps fit; six and more only with skipped layers"
-    assert [s.compute.sites for s in found.plan.steps[-2:]] == [None, None]
+    assert len(found.plan.steps) >= 6, "five full steps fit; six and more only with skipped layers"
+    assert found.quality.value < -5.5
     whole = autodiffusion(MODEL, "10%", objective=Judge(value), guidance=1.5, evaluations=20, most_skipped=0.0)
     assert len(whole.plan.steps) == 5 and all(s.compute == Compute() for s in whole.plan.steps)
     with pytest.raises(PlanError, match="most_skipped"):
         autodiffusion(MODEL, "10%", most_skipped=1.5)
+
+
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 10), marks=pytest.mark.slow)])
+def test_autodiffusion_finds_the_best_times_of_the_mixture(seeds):
+    """Sheet D, 6, (1): 4 steps on gmm2d, ten seeds: no worse than even times in nine, and within 1.3 of the best of all
+    969 choices from a grid of 20. Measured: 1.03 to 1.20 of that best, even times 2.47."""
+    model = replace(MODEL, path=VP)
+    judge = FlowError(model, 32)
+    even = Plan.uniform(model, 4, "ddim")
+    grid = [even.times[0] * k / 20 for k in range(20, -1, -1)]
+    chosen = (Plan.uniform(model, 4, "ddim", times=[grid[0], *inner, 0.0]) for inner in combinations(grid[1:-1], 3))
+    best = min(judge(plan).value for plan in chosen)
+    options = {"objective": judge, "solver": "ddim", "most_skipped": 0.0, "finalists": 1, "evaluations": 120}
+    for seed in seeds:
+        found = autodiffusion(model, "8.4%", seed=seed, **options)
+        assert len(found.plan.steps) == 4
+        assert found.quality.value <= min(1.3 * best, judge(even).value)
 
 
 # Flexiffusion ---------------------------------------------------------------------------------------------------------
@@ -349,10 +382,15 @@ def test_flexiffusion_by_its_relative_measure():
 
 
 def test_relative_distance_ranks_as_the_paired_error_does():
+    """Sheet D, 7, (3): ten plans, Spearman at least .7."""
     from pliant.planning import SampleError, TeacherSettings
 
+    task = Task.begin("flexiffusion", MODEL, "100%", None, 12, None, 0, None)
     rows = ((2, "ddim"), (3, "ddim"), (6, "ddim"), (4, "dpmpp-2m"), (8, "dpmpp-2m"))
     plans = [Plan.uniform(MODEL, n, solver) for n, solver in rows]
+    plans += [segment_plan(task, {"segments": 3, "branch": [1] * 3, "partial": [p] * 3}) for p in (0, 1, 2)]
+    plans += [Plan.weak_to_powerful(MODEL, 6, weak_steps=k) for k in (3, 6)]
+    assert len({p.digest() for p in plans}) == 10
     relative = RelativeObjective(MODEL, Plan.uniform(MODEL, 20), num=30)
     paired = SampleError(MODEL, TeacherSettings(20), range(8))
     ranks = [torch.tensor([f(p).value for p in plans]).argsort().argsort().double() for f in (relative, paired)]

@@ -206,7 +206,8 @@ def test_planners_of_times_keep_the_budget_and_beat_the_default_grid(name: str, 
     defaults = [proxy(Plan.uniform(model, 3, solver, guidance=1.5)).value for solver in ("ddim", "dpmpp-2m")]
     assert found.quality.value <= min(defaults)
     assert found.settings["searched"] and seen and found.settings["objective"]["teacher"]["steps"] == 20
-    with pytest.raises(PlanError, match=f"cheapest plan of planner '{name}', which costs 10.0%"):
+    words = f"'{name}', which costs 10.0%.*: 1 step, own patch, cfg 1.5; raise .* such as 'weak-split'"
+    with pytest.raises(PlanError, match=words):
         get_planner(name)(model, "5%", steps=10, guidance=1.5)
 
 

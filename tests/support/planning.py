@@ -1,12 +1,18 @@
 """Planning problems with exact clean-data estimates: mixtures of Gaussians on a grid of times."""
 
+from typing import Any
+
 import torch
 
 from analytic import GMM2D, Mixture
+from pliant.denoiser import Denoiser
 from pliant.paths import Path, get_path
+from pliant.planning import Score
 from pliant.planning.field import FunctionField
 from pliant.planning.stepping import mean_square, trajectories_of, walk
 from pliant.planning.teacher import Trajectories
+from pliant.plans import Plan
+from pliant.solvers import compile_program, run
 
 TWO_BUMPS = Mixture(
     torch.tensor([0.5, 0.5], dtype=torch.float64),
@@ -42,4 +48,31 @@ def evenly(steps: int, nodes: int = 100) -> list[int]:
     return [round(nodes * k / steps) for k in range(steps + 1)]
 
 
-__all__ = ["GMM2D", "TWO_BUMPS", "end_error", "evenly", "field_of", "problem", "starts"]
+class FlowError:
+    """An objective: how far a plan's solver ends from the exact flow of gmm2d, in mean square; no network is called.
+
+    model: what its plans are checked and priced for; its path is the mixture's.
+    """
+
+    name = "error to the exact flow of gmm2d"
+
+    def __init__(self, model: Denoiser, count: int = 64, seed: int = 0) -> None:
+        self.start = starts(count, 2, seed)
+        self.exact = self.end(Plan.uniform(model, 300, "rk4"))
+        self.measured: list[Plan] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {"objective": self.name}
+
+    def end(self, plan: Plan) -> torch.Tensor:
+        program = compile_program(plan.path, plan.times, [step.solver for step in plan.steps], "velocity", False, [])
+        *_, last = run(program, self.start, GMM2D.evaluate(program))
+        return last.x
+
+    def __call__(self, plan: Plan) -> Score:
+        self.measured.append(plan)
+        value = mean_square(self.end(plan), self.exact)
+        return Score(value, value, value, len(self.start))
+
+
+__all__ = ["GMM2D", "TWO_BUMPS", "FlowError", "end_error", "evenly", "field_of", "problem", "starts"]

@@ -88,8 +88,16 @@ def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
     """
     if options.budget is not None and set(options.given()) <= ONLY_BUDGET:
         from pliant.planning import known
+        from pliant.plans import Plan
 
-        return known(model, ready_budget(model, options), steps=STEPS, guidance=options.guidance).plan
+        budget, full = ready_budget(model, options), Plan.uniform(model, STEPS, guidance=options.guidance)
+        whole = budget.spent(full, model)
+        if 1.05 * whole < budget.limit(full, model):
+            note(
+                f"full compute, {STEPS} steps, costs {budget.describe(whole, full, model)}, less than this budget: "
+                f"--steps asks for more steps"
+            )
+        return known(model, budget, steps=STEPS, guidance=options.guidance).plan
     return made_plan(model, options)
 
 

@@ -24,6 +24,8 @@ from pliant.plans.plan import made_for
 from pliant.solvers import SolverLike, get_solver
 
 RULES = Rules(population=16, parents=10, crossover=0.3, fresh=0.1)
+REDRAW = 0.25
+"""Probability that a mutation draws a step's time anew, as published: small shifts alone never leave a bad grid."""
 TIMES_SHARE = 0.4
 """Of the evaluations and the time: for the first stage, times alone."""
 
@@ -114,7 +116,8 @@ def autodiffusion(
     with_own = journal_of(task, effort, judge=judge.describe())
     try:
         first = [[{"t": t, "sites": full} for t in grid] for grid in grids]
-        times_only = Steps(Record({"sites": Skipped(sites, 0)}), count, count, start, end, grids=grids)
+        moved: dict[str, Any] = {"start": start, "end": end, "redraw": REDRAW, "grids": grids}
+        times_only = Steps(Record({"sites": Skipped(sites, 0)}), count, count, **moved)
         cheap = cheaper(judge, effort.num)
         early = evolve(
             Genes(times_only, mend),
@@ -128,7 +131,7 @@ def autodiffusion(
             progress=request.progress,
         )
         rest = max(1, effort.evaluations - len(early.history)) if limit else len(early.history)
-        gene = Steps(Record({"sites": Skipped(sites, limit)}), max(1, count - 1), room, start, end, grids=grids)
+        gene = Steps(Record({"sites": Skipped(sites, limit)}), max(1, count - 1), room, **moved)
         best = [e.candidate for e in early.ranked[: RULES.parents]]
         return search_plans(
             task,

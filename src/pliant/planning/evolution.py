@@ -141,7 +141,7 @@ def evolve(
             spent += entry.seconds
             history.append(Evaluated(candidate, entry.score))
             if progress is not None:
-                progress(len(history), evaluations, _incumbent(history))
+                progress(len(history), _expected(len(history), evaluations, spent, seconds), _incumbent(history))
         if len(history) >= evaluations:
             stopped = "evaluations"
         if stopped:
@@ -151,6 +151,13 @@ def evolve(
         if not batch:
             stopped = "exhausted"
     return Evolved(tuple(history), spent, stopped)
+
+
+def _expected(done: int, evaluations: int, spent: float, seconds: float | None) -> int:
+    """How many will be measured at the pace so far: what the clock allows, at most `evaluations`."""
+    if seconds is None or spent <= 0.0:
+        return evaluations
+    return max(done, min(evaluations, round(done * seconds / spent)))
 
 
 def _measured(measure: Callable[[Any], Score], candidate: Any) -> Score | None:

@@ -101,7 +101,7 @@ def flexiffusion(
     chosen = get_solver(solver)
     task = request.task("flexiffusion", solver=chosen.to_config())
     judge = request.objective or RelativeObjective(task.model, task.full())
-    most = min(task.most_steps(chosen), task.steps)
+    most = task.most_steps(chosen)
     depth = task.model.shape().depth
     space = Segments(max(1, most // 3), most, max(1, (depth - 1) // 2), LONGEST)
 

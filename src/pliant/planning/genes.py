@@ -138,7 +138,8 @@ class Steps:
     """A list of `least` to `most` steps {"t": time, ...}, times falling, the first at `start`; genes move with times.
 
     Mutation as in USF's search (arXiv 2312.07243; sheet D, 4): a step is inserted or deleted with probability 0.2 each,
-    every time is multiplied by 1 + N(0, spread), and each step's genes change with probability `rate`.
+    a time is multiplied by 1 + N(0, spread) and a step's genes change with probability `rate` each, and a time is drawn
+    anew with probability `redraw` (AutoDiffusion's mutation, arXiv 2309.10438).
     """
 
     genes: Record
@@ -148,6 +149,7 @@ class Steps:
     end: float = 0.0
     spread: float = 0.08
     rate: float = 0.3
+    redraw: float = 0.0
     gap: float = 1e-3
     """Least distance of two times, as a share of start - end."""
     grids: Sequence[Sequence[float]] = field(default=())
@@ -169,6 +171,8 @@ class Steps:
         for row in rows:
             if rng.random() < self.rate:
                 row["t"] = row["t"] * (1.0 + rng.gauss(0.0, self.spread))
+            if self.redraw and rng.random() < self.redraw:
+                row["t"] = self._draw(rng)
             if rng.random() < self.rate:
                 row.update(self.genes.mutate({n: row[n] for n in self.genes.genes}, rng))
         rows = self._ordered(rows)

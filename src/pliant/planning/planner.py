@@ -11,11 +11,12 @@ from typing import Any
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError, suggest
 from pliant.evaluation import FeatureExtractor, get_extractor
+from pliant.planning.distribution import FRESH, FrechetObjective
 from pliant.planning.objective import Objective
 from pliant.planning.ready import ready
 from pliant.planning.registry import PLANNERS, get_planner
 from pliant.planning.relative import RelativeObjective
-from pliant.planning.result import PlanResult, Progress, measured_against
+from pliant.planning.result import PlanResult, Progress, confirm, measured_against
 from pliant.planning.task import Task
 from pliant.plans import Budget, Plan
 
@@ -41,7 +42,9 @@ def search(
     """What a planner finds, with its cost, quality, frontier and settings.
 
     time: limit of a search, in seconds or as "90 s", "5min"; with it, it searches as long as that allows.
-    journal: file that makes the search resumable. objective: None for `default_objective`. options: the planner's own.
+    journal: file that makes the search resumable. objective: None for `default_objective`, or, where a planner does not
+    search by it, its own proxy. What was chosen by measuring has its quality from seeds that chose nothing: by the
+    objective, or where a proxy chose by `default_objective`. options: the planner's own.
     Raises PlanError for an unknown planner or option, and for a budget below its cheapest plan.
     """
     run = get_planner(planner)
@@ -57,13 +60,21 @@ def search(
     for name in options:
         if name not in takes:
             raise PlanError(f"planner {planner!r} has no option {name!r}: {suggest(name, takes[2:])}")
-    if seconds is not None and "evaluations" in takes:
+    searches = "evaluations" in takes
+    if seconds is not None and searches:
         options.setdefault("evaluations", 100_000)  # the clock decides
-    if objective is None and "evaluations" in takes:
+    if objective is None and searches:
         objective = default_objective(model, steps, guidance)
-    return run(
+    found = run(
         model, budget, objective=objective, steps=steps, guidance=guidance, seed=seed, progress=progress, **options
     )
+    if searches or found.quality is None:  # searches confirm their finalists; closed forms measured nothing
+        return found
+    if objective is None:
+        judge: Objective = default_objective(model, steps, guidance, first_seed=FRESH)
+    else:
+        judge = objective.on_fresh_seeds() if isinstance(objective, FrechetObjective) else objective
+    return confirm([found], model, judge, progress)
 
 
 _search = search  # `plan` has an argument of that name
@@ -117,19 +128,20 @@ def closed_form(task: Task) -> PlanResult:
     model, steps = task.model, task.steps
     if len(model.patch_sizes) > 1:
         return PLANNERS["weak-split"](model, task.budget, steps=steps, guidance=task.guidance)
-    task.consider(task.uniform(min(steps, task.most_steps())))
+    task.consider(task.uniform(task.most_steps()))
     return task.finish()
 
 
 def default_objective(
-    model: Denoiser, steps: int = 50, guidance: float | None = None, num: int = IMAGES
+    model: Denoiser, steps: int = 50, guidance: float | None = None, num: int = IMAGES, first_seed: int = 0
 ) -> RelativeObjective:
     """How far a plan's samples are from those of full compute, guidance and all, as distributions.
 
     It keeps what the user asked for, and needs no data. To be nearer to data than full compute is, give a
     `FrechetObjective` with a reference.
     """
-    return RelativeObjective(model, Plan.uniform(model, steps, guidance=guidance), default_extractor(model), num)
+    full = Plan.uniform(model, steps, guidance=guidance)
+    return RelativeObjective(model, full, default_extractor(model), num, first_seed)
 
 
 def default_extractor(model: Denoiser) -> FeatureExtractor | None:

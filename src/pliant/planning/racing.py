@@ -18,7 +18,7 @@ from pliant.planning.evolution import Evolved, Rules, Screen, Space, evolve
 from pliant.planning.journal import Journal
 from pliant.planning.objective import Objective, Score
 from pliant.planning.relative import RelativeObjective
-from pliant.planning.result import Candidate, PlanResult, confirm
+from pliant.planning.result import PlanResult, confirm
 from pliant.planning.task import Task
 from pliant.plans import Plan
 
@@ -119,9 +119,8 @@ def search_plans(
         if improve is not None:
             more = {p.digest(): p for p in improve(plans, full) if task.fits(p)}
             plans += [p for d, p in more.items() if d not in {p.digest() for p in plans}]
-        tried = [Candidate(plan, plan.cost(task.model), full(plan)) for plan in plans]
-        task.tried.extend(tried)
-        task.objective = objective
+        task.objective = full
+        task.consider_all(plans)
         facts = {
             "search": {
                 "measured": len(evolved.history),
@@ -132,7 +131,7 @@ def search_plans(
             "finalists": len(plans),
         }
         found = task.finish(len(evolved.history), **facts)
-        return _confirmed(task, found, objective, own, tried, keep)
+        return _confirmed(task, found, objective, own, keep)
     finally:
         if journal is None:
             own.close()
@@ -210,15 +209,14 @@ def _confirmed(
     found: PlanResult,
     objective: Objective,
     journal: Journal,
-    tried: Sequence[Candidate],
     keep: Sequence[Plan],
 ) -> PlanResult:
     """The best of the first few, and of the kept ones the first, on fresh seeds."""
     if not isinstance(objective, FrechetObjective):
         return found
-    ranked = sorted(tried, key=lambda c: c.score.value if c.score else 0.0)
+    ranked = sorted(task.tried, key=lambda c: c.score.value if c.score else 0.0)
     kept = {plan.digest() for plan in keep}
     raced = ranked[:RACED]
     raced += [c for c in ranked[RACED:] if c.plan.digest() in kept][:1]
     results = [replace(found, plan=c.plan, cost=c.cost, quality=c.score) for c in raced]
-    return confirm(results, task.model, Recalled(objective.on_fresh_seeds(), journal))
+    return confirm(results, task.model, Recalled(objective.on_fresh_seeds(), journal), task.progress)

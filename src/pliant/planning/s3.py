@@ -36,8 +36,9 @@ GENES = Record(
 )
 """Options and probabilities of sheet D; "nodes": how many outputs estimate the first derivative, at most the order."""
 RULES = Rules(population=12, parents=15, crossover=0.3, fresh=0.05)
-LEAST_KNOWN = 24
-"""Schedules that must be measured before the predictor is asked."""
+LEAST_KNOWN, RANKED = 24, 64
+"""Schedules that must be measured before the predictor is asked; it learns from so many, the best: what is bred is near
+those, and telling bad ones apart is of no use."""
 
 
 def named(order: int, form: str, scale: str = "none", corrector: str = "none", nodes: int = 2) -> dict[str, Any]:
@@ -133,6 +134,8 @@ def s3(
         known = [e for e in history if e.value < float("inf")]
         if len(known) < LEAST_KNOWN:
             return None
+        worst = sorted(e.value for e in known)[:RANKED][-1]
+        known = [e for e in known if e.value <= worst]
         rank = fit_ranker(
             [features_of(model.path, e.candidate) for e in known], [e.value for e in known], rng.randrange(10**6)
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from pliant.compute import Compute
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.guidance import Guidance
@@ -77,10 +78,10 @@ class Task:
         return self.budget.spent(plan, self.model) <= self.limit
 
     def most_steps(self, solver: SolverLike = "dpmpp-2m") -> int:
-        """How many steps at full compute the budget pays for. Raises PlanError if not one."""
+        """How many steps at full compute the budget pays for, at most `steps`. Raises PlanError if not one."""
         limit = self.limit
         one, two = (self.budget.spent(self.uniform(n, solver), self.model) for n in (1, 2))
-        count = int((limit - one) / (two - one) + 1 + 1e-9)
+        count = min(self.steps, int((limit - one) / (two - one) + 1 + 1e-9))
         while count > 0 and self.budget.spent(self.uniform(count, solver), self.model) > limit:
             count -= 1
         if count < 1:
@@ -90,9 +91,14 @@ class Task:
     def too_small(self, cheapest: Plan) -> PlanError:
         """The error for a budget that no plan of this planner meets."""
         least = self.budget.describe(self.budget.spent(cheapest, self.model), self.full(), self.model)
+        first, count = cheapest.steps[0], len(cheapest.steps)
+        guided = "" if first.guidance is None else f", {first.guidance.describe()}"
+        least_call = min(self.model.flops(Compute(patch=patch)) for patch in self.model.patch_sizes)
+        weaker = self.model.flops(first.compute) > least_call
         return PlanError(
             f"the budget {self.settings['budget']} is below the cheapest plan of planner {self.planner!r}, which costs "
-            f"{least}; raise the budget, or use a planner with weaker steps"
+            f"{least}: {count} step{'s' * (count != 1)}, {first.compute.describe()}{guided}; raise the budget"
+            + (", or use a planner with weaker steps, such as 'weak-split'" if weaker else "")
         )
 
     def consider(self, plan: Plan) -> Candidate:
