@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from pliant.allocator import keep_freed_memory
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, PliantError
 from pliant.training import setup, setup_data
@@ -112,6 +113,8 @@ class Trainer:
         ddp = DistributedDataParallelKwargs(find_unused_parameters=len(denoiser.patch_sizes) > 1)
         self.accelerator = accelerate.Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.main = self.accelerator.is_main_process
         self.quiet = quiet or not self.main
         self.blocks = self.accelerator.num_processes * config.accumulate
