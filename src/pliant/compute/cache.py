@@ -10,9 +10,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pliant.compute.deciding import GateMemory
+from pliant.compute.gate import Rows
 from pliant.compute.lowering import Slot
 from pliant.compute.reuse import Clock, Reuse, forecast_weights
 from pliant.compute.sites import Branch
@@ -55,29 +58,6 @@ class _Entry:
         return slice(place * size, (place + 1) * size)
 
 
-@dataclass
-class GateState:
-    """What a gate remembers per row of a stream's batch."""
-
-    reference: Tensor
-    known: Tensor
-    """(rows,) bool: rows that have a reference."""
-    total: Tensor
-    """(rows,) accumulated change since the last full call."""
-    run: Tensor
-    """(rows,) hits in a row."""
-    hits: Tensor
-    """(rows,) hits so far."""
-    seen: Tensor
-    """(rows,) changes so far, summed."""
-    gain: Tensor
-    """(rows,) change of the output per change of the input at the last full call; NaN until there were two."""
-    calls: Tensor
-    """(rows,) full calls that the gain has learned from."""
-    full: tuple[Tensor, Tensor] | None = None
-    """Input and output of every row's last full call, where the gate watches the output."""
-
-
 @dataclass(frozen=True)
 class Decision:
     """What a gate decided in one call: `hit` (rows,) bool, rows in the order of the batch."""
@@ -94,7 +74,7 @@ class Cache:
     depth: int = 1
     _rings: dict[tuple[Key, str], list[_Entry]] = field(default_factory=dict)
     _moments: dict[int, Moment] = field(default_factory=dict)
-    gates: dict[tuple[Any, Hashable, Streams], GateState] = field(default_factory=dict)
+    gates: dict[tuple[Any, Hashable, Streams], GateMemory] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     regions: Regions = field(default_factory=Regions)
 
@@ -138,17 +118,18 @@ class Cache:
         """How many values every one of these streams has in a slot."""
         return min(len(self._rings.get((key, s), ())) for s in streams)
 
-    def counts(self, key: Key, streams: Streams, rows: int) -> Tensor:
+    def counts(self, key: Key, streams: Streams, rows: int) -> Rows:
         """(rows,) int64: how many distinct values each row has in a slot."""
         have = self.count(key, streams)
         if have == 0:
-            return torch.zeros(rows, dtype=torch.int64)
+            return np.zeros(rows, np.int64)
         whens = [self._batch(key, streams, j)[1] for j in range(have)]
         together = {w for w in whens if isinstance(w, int)}
         if len(together) == have or have == 1:  # no two calls write the same entry
-            return torch.full((rows,), have, dtype=torch.int64)
+            return np.full(rows, have)
         times = torch.stack([_per_row(w, rows) for w in whens])
-        return 1 + (times[1:] != times[:-1]).to(torch.int64).sum(0)
+        distinct: Rows = 1 + (times[1:] != times[:-1]).sum(0).numpy()
+        return distinct
 
     def read(
         self,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pliant.compute.cache import Cache, Decision, GateState, Moment, Streams
-from pliant.compute.gate import Gate, mean_change, mean_size
+from pliant.compute.cache import Cache, Decision, Moment, Streams
+from pliant.compute.deciding import GateMemory, decide
+from pliant.compute.gate import Gate, Rows
 from pliant.compute.lowering import (
     AddBranch,
     AddSpan,
@@ -89,23 +91,24 @@ class Call:
             signal = x if gate.signal == "output" else self.model.norm(gate.probe, state, context)[0]
         hit, memory = self._decide(gate, signal)
         self.cache.decisions.append(Decision(self.moment.step, self.streams, tuple(hit.tolist())))
-        if bool(hit.all()):
+        if hit.all():
             return self._hit(x, state, context, None)
-        if not bool(hit.any()):
+        if not hit.any():
             out = self._miss(x, state, context, marks, None, total)
             if gate.signal == "output":
-                _learn(memory, x, out, torch.arange(total))
+                memory.learn(x, out, np.arange(total))
             return out
         merged: Tensor | None = None
         for missed in (True, False):
-            rows = torch.nonzero(hit != missed).flatten().to(state[0].device)
+            chosen = np.flatnonzero(hit != missed)
+            rows = torch.from_numpy(chosen).to(state[0].device)
             part = tuple(s[rows] for s in state)
             inner = self.model_rows(context, rows, total)
             if missed:
                 cut = {site: tuple(s[rows] for s in marked) for site, marked in marks.items()}
                 value = self._miss(x[rows], part, inner, cut, rows, total)
                 if gate.signal == "output":
-                    _learn(memory, x[rows], value, rows)
+                    memory.learn(x[rows], value, chosen)
             else:
                 value = self._hit(x[rows], part, inner, rows)
             merged = value.new_empty(total, *value.shape[1:]) if merged is None else merged
@@ -264,66 +267,23 @@ class Call:
         else:
             self.cache.write_rows((self.network, slot), self.streams, value, rows, total, self.moment)
 
-    def _decide(self, gate: Gate, signal: Tensor) -> tuple[Tensor, GateState]:
-        """(rows,) bool on the CPU: the one synchronisation of a gated call. Updates what the gate remembers."""
+    def _decide(self, gate: Gate, signal: Tensor) -> tuple[Rows, GateMemory]:
+        """Which rows hit. Updates what the gate remembers of these streams."""
         program, rows = self.program, len(signal)
-        reuse = program.compute.reuse
         key = (self.network, gate.memory, self.streams)
-        state = self.cache.gates.get(key)
-        if state is None:
-            nothing = torch.zeros(rows)
-            count = nothing.to(torch.int64)
-            state = GateState(
-                signal, nothing.bool(), nothing, count, count, nothing, torch.full((rows,), torch.nan), count.clone()
-            )
-            self.cache.gates[key] = state
-        if gate.signal == "output":  # NaN while the gain is unknown, which hits nowhere
-            size = torch.ones(rows) if state.full is None else mean_size(state.full[1]).cpu()
-            change = state.gain * mean_change(signal, state.reference).cpu() / size
-        else:
-            change = gate.change(signal, state.reference).cpu()
-        total = state.total + change if gate.accumulate else change
-        allowed = state.known
-        if gate.max_run is not None:
-            allowed = allowed & (state.run < gate.max_run)
-        if gate.max_hits is not None:
-            allowed = allowed & (state.hits < gate.max_hits)
-        if gate.max_seen is not None:
-            allowed = allowed & (state.seen < gate.max_seen)
-        if not gate.never_hits:
-            state.seen = state.seen + torch.where(allowed, change, 0.0)
-        hit = allowed & gate.passes(total)
-        need = 1 if reuse is None else reuse.order + 1
+        if key not in self.cache.gates:
+            self.cache.gates[key] = GateMemory(signal, rows)
+        memory = self.cache.gates[key]
+        need = 1 if program.compute.reuse is None else program.compute.reuse.order + 1
+        ready = np.ones(rows, bool)
         for slot in program.hit_slots:
-            hit &= self.cache.counts((self.network, slot), self.streams, rows) >= need
+            ready &= self.cache.counts((self.network, slot), self.streams, rows) >= need
+        voters = None
         if gate.deciders == "cond" and "cond" in self.streams:
-            size_of = rows // len(self.streams)
-            place = self.streams.index("cond") * size_of
-            hit = hit[place : place + size_of].repeat(len(self.streams))
-        state.run = (state.run + 1) * hit
-        state.hits = state.hits + hit
-        state.total = torch.where(hit, total, 0.0)
-        if gate.reference == "last_step" or not bool(hit.any()):
-            state.reference = signal
-        else:
-            keep = hit.to(signal.device).view(-1, *[1] * (signal.ndim - 1))
-            state.reference = torch.where(keep, state.reference, signal)
-        state.known = state.known | ~hit
-        return hit, state
-
-
-def _learn(state: GateState, x: Tensor, out: Tensor, rows: Tensor) -> None:
-    """The gain and the last full call of these rows, after a full call: x, out (len(rows), C, H, W)."""
-    here = rows.cpu()
-    if state.full is None:
-        total = len(state.known)
-        state.full = x.new_zeros(total, *x.shape[1:]), out.new_zeros(total, *out.shape[1:])
-    old_x, old_out = state.full
-    rows = rows.to(x.device)
-    gain = (mean_change(out, old_out[rows]) / mean_change(x, old_x[rows])).cpu()
-    state.gain[here] = torch.where(state.calls[here] > 0, gain, torch.nan)
-    state.calls[here] += 1
-    state.full = old_x.index_copy(0, rows, x), old_out.index_copy(0, rows, out)
+            size = rows // len(self.streams)
+            place = self.streams.index("cond") * size
+            voters = np.tile(np.arange(place, place + size), len(self.streams))
+        return decide(gate, memory, signal, ready, voters), memory
 
 
 def take_rows(context: Any, rows: Tensor, total: int) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from pliant.compute.sites import parse_sites
@@ -17,6 +18,8 @@ Signal = Literal["residual", "input", "output"]
 Reference = Literal["last_step", "last_full"]
 Comparison = Literal["<", "<="]
 Deciders = Literal["own", "cond"]
+Rows: TypeAlias = npt.NDArray[Any]
+"""(rows,) numbers or truths, one for each row of a batch: so few that PyTorch's own cost per operation would show."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,10 @@ class Gate:
             value = value * d + c
         return value
 
-    def passes(self, change: Tensor) -> Tensor:
+    def passes(self, change: Rows) -> Rows:
         """(B,) bool: whether a (summed) change is small enough to hit."""
         if self.never_hits:
-            return torch.zeros_like(change, dtype=torch.bool)
+            return np.zeros(change.shape, bool)
         return change < self.threshold if self.comparison == "<" else change <= self.threshold
 
     def describe(self) -> str:
