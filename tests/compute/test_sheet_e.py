@@ -16,6 +16,7 @@ import pliant
 from pliant import Denoiser
 from pliant.adapters.low_band import scale_alignment
 from pliant.compute import Cache, Compute, Gate, Moment, Reuse, Subset
+from pliant.compute.deciding import GateMemory
 from pliant.compute.executor import Call
 from pliant.compute.lowering import lower
 from pliant.compute.scale import LowBand
@@ -327,7 +328,7 @@ def test_teacache_s_polynomial_for_flux() -> None:
     then = torch.ones(1, 1, 1)
 
     def at(d: float) -> float:
-        return float(gate.change(then + d, then))
+        return gate.rescaled(GateMemory(then).changes(then + d)[0])
 
     assert at(0.0) == pytest.approx(0.264, abs=5e-4)
     values = {d: at(d) for d in (k / 1000 for k in range(1, 200))}

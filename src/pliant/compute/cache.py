@@ -10,12 +10,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pliant.compute.deciding import GateMemory
-from pliant.compute.gate import Rows
 from pliant.compute.lowering import Slot
 from pliant.compute.reuse import Clock, Reuse, forecast_weights
 from pliant.compute.sites import Branch
@@ -118,17 +116,17 @@ class Cache:
         """How many values every one of these streams has in a slot."""
         return min(len(self._rings.get((key, s), ())) for s in streams)
 
-    def counts(self, key: Key, streams: Streams, rows: int) -> Rows:
-        """(rows,) int64: how many distinct values each row has in a slot."""
+    def counts(self, key: Key, streams: Streams, rows: int) -> list[int]:
+        """How many distinct values each row has in a slot."""
         have = self.count(key, streams)
         if have == 0:
-            return np.zeros(rows, np.int64)
+            return [0] * rows
         whens = [self._batch(key, streams, j)[1] for j in range(have)]
         together = {w for w in whens if isinstance(w, int)}
         if len(together) == have or have == 1:  # no two calls write the same entry
-            return np.full(rows, have)
+            return [have] * rows
         times = torch.stack([_per_row(w, rows) for w in whens])
-        distinct: Rows = 1 + (times[1:] != times[:-1]).sum(0).numpy()
+        distinct: list[int] = (1 + (times[1:] != times[:-1]).to(torch.int64).sum(0)).tolist()
         return distinct
 
     def read(

@@ -1,81 +1,115 @@
-"""What a gate remembers between calls, and its decision for every row of a batch."""
+"""What a gate remembers between calls, and its decision for every row of a batch.
+
+Plain numbers, row by row: a batch has few rows, and one small operation of PyTorch's costs as much as all of them.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from pliant.compute.gate import Gate, Rows, mean_change, mean_size
+from pliant.compute.gate import Gate, mean_change, mean_size
+
+
+@dataclass
+class RowMemory:
+    """Of one row."""
+
+    known: bool = False
+    """Whether it has a reference."""
+    total: float = 0.0
+    """Accumulated change since the last full call."""
+    run: int = 0
+    """Hits in a row."""
+    hits: int = 0
+    """Hits so far."""
+    seen: float = 0.0
+    """Changes so far, summed."""
+    gain: float = math.nan
+    """Change of the output per change of the input at the last full call; NaN until there were two."""
+    calls: int = 0
+    """Full calls that the gain has learned from."""
 
 
 class GateMemory:
     """Of one gate and the rows of its streams."""
 
-    def __init__(self, signal: Tensor, rows: int) -> None:
+    def __init__(self, signal: Tensor) -> None:
+        self.rows = [RowMemory() for _ in range(len(signal))]
         self.reference = signal
-        self.known = np.zeros(rows, bool)
-        """Rows that have a reference."""
-        self.total = np.zeros(rows, np.float32)
-        """Accumulated change since the last full call."""
-        self.run = np.zeros(rows, np.int64)
-        """Hits in a row."""
-        self.hits = np.zeros(rows, np.int64)
-        """Hits so far."""
-        self.seen = np.zeros(rows, np.float32)
-        """Changes so far, summed."""
-        self.gain = np.full(rows, np.nan, np.float32)
-        """Change of the output per change of the input at the last full call; NaN until there were two."""
-        self.calls = np.zeros(rows, np.int64)
-        """Full calls that the gain has learned from."""
+        """(rows, ...): what the signal of now is compared with."""
+        self.sizes: list[float] | None = None
+        """Of the reference, once they were asked for."""
         self.full: tuple[Tensor, Tensor] | None = None
         """Input and output of every row's last full call, where the gate watches the output."""
 
-    def learn(self, x: Tensor, out: Tensor, rows: Rows) -> None:
-        """The gain and the last full call of these rows, after a full call: x, out (len(rows), C, H, W)."""
+    def refer(self, reference: Tensor) -> None:
+        self.reference, self.sizes = reference, None
+
+    def changes(self, signal: Tensor) -> list[float]:
+        """`mean|signal - reference| / mean|reference|` of every row: the one synchronisation of a gated call."""
+        moved = mean_change(signal, self.reference)
+        if self.sizes is None:
+            parts: list[list[float]] = torch.stack((moved, mean_size(self.reference))).tolist()
+            distances, self.sizes = parts
+        else:
+            distances = moved.tolist()
+        return [distance / size for distance, size in zip(distances, self.sizes, strict=True)]
+
+    def predicted_changes(self, signal: Tensor) -> list[float]:
+        """How much of it every row's output should have changed by; NaN while the gain is unknown."""
+        moved: list[float] = mean_change(signal, self.reference).tolist()
+        sizes: list[float] = [1.0] * len(moved) if self.full is None else mean_size(self.full[1]).tolist()
+        return [row.gain * change / size for row, change, size in zip(self.rows, moved, sizes, strict=True)]
+
+    def learn(self, x: Tensor, out: Tensor, places: Sequence[int]) -> None:
+        """The gain and the last full call of the rows at these places, after it: x, out (len(places), C, H, W)."""
         if self.full is None:
-            total = len(self.known)
+            total = len(self.rows)
             self.full = x.new_zeros(total, *x.shape[1:]), out.new_zeros(total, *out.shape[1:])
         old_x, old_out = self.full
-        there = torch.from_numpy(rows).to(x.device)
-        gain = (mean_change(out, old_out[there]) / mean_change(x, old_x[there])).cpu().numpy()
-        self.gain[rows] = np.where(self.calls[rows] > 0, gain, np.nan)
-        self.calls[rows] += 1
+        there = torch.tensor(places, device=x.device)
+        gains: list[float] = (mean_change(out, old_out[there]) / mean_change(x, old_x[there])).tolist()
+        for place, gain in zip(places, gains, strict=True):
+            row = self.rows[place]
+            row.gain = gain if row.calls else math.nan
+            row.calls += 1
         self.full = old_x.index_copy(0, there, x), old_out.index_copy(0, there, out)
 
 
-def decide(gate: Gate, memory: GateMemory, signal: Tensor, ready: Rows, voters: Rows | None) -> Rows:
-    """(rows,) bool: which rows hit. The one synchronisation of a gated call; updates the memory.
+def decide(
+    gate: Gate, memory: GateMemory, signal: Tensor, ready: Sequence[bool], voters: Sequence[int] | None = None
+) -> list[bool]:
+    """Which rows hit. Updates the memory.
 
     signal (rows, ...): of now. ready: rows whose hit would find what it reads. voters: whose decision each row
-    follows, None: its own.
+    follows; None: its own.
     """
-    if gate.signal == "output":  # NaN while the gain is unknown, which hits nowhere
-        moved = mean_change(signal, memory.reference)
-        size = moved.new_ones(()) if memory.full is None else mean_size(memory.full[1])
-        change = memory.gain * (moved / size).cpu().numpy()
+    if gate.signal == "output":
+        changes = memory.predicted_changes(signal)
     else:
-        change = gate.change(signal, memory.reference).cpu().numpy()
-    total = memory.total + change if gate.accumulate else change
-    allowed = memory.known
-    if gate.max_run is not None:
-        allowed = allowed & (memory.run < gate.max_run)
-    if gate.max_hits is not None:
-        allowed = allowed & (memory.hits < gate.max_hits)
-    if gate.max_seen is not None:
-        allowed = allowed & (memory.seen < gate.max_seen)
-    if not gate.never_hits:
-        memory.seen = memory.seen + np.where(allowed, change, np.float32(0))
-    hit = allowed & gate.passes(total) & ready
+        changes = [gate.rescaled(change) for change in memory.changes(signal)]
+    totals = [row.total + c if gate.accumulate else c for row, c in zip(memory.rows, changes, strict=True)]
+    hit: list[bool] = []
+    for row, change, total, can in zip(memory.rows, changes, totals, ready, strict=True):
+        allowed = row.known and gate.allows(row.run, row.hits, row.seen)
+        if allowed and not gate.never_hits:
+            row.seen += change
+        hit.append(allowed and can and gate.passes(total))
     if voters is not None:
-        hit = hit[voters]
-    memory.run = (memory.run + 1) * hit
-    memory.hits = memory.hits + hit
-    memory.total = np.where(hit, total, np.float32(0))
-    if gate.reference == "last_step" or not hit.any():
-        memory.reference = signal
-    elif not hit.all():
-        keep = torch.from_numpy(hit).to(signal.device).view(-1, *[1] * (signal.ndim - 1))
-        memory.reference = torch.where(keep, memory.reference, signal)
-    memory.known = memory.known | ~hit
+        hit = [hit[voter] for voter in voters]
+    for row, total, hits in zip(memory.rows, totals, hit, strict=True):
+        row.run = row.run + 1 if hits else 0
+        row.hits += hits
+        row.total = total if hits else 0.0
+        row.known = row.known or not hits
+    if gate.reference == "last_step" or not any(hit):
+        memory.refer(signal)
+    elif not all(hit):
+        keep = torch.tensor(hit, device=signal.device).view(-1, *[1] * (signal.ndim - 1))
+        memory.refer(torch.where(keep, memory.reference, signal))
     return hit

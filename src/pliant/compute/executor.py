@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pliant.compute.cache import Cache, Decision, Moment, Streams
 from pliant.compute.deciding import GateMemory, decide
-from pliant.compute.gate import Gate, Rows
+from pliant.compute.gate import Gate
 from pliant.compute.lowering import (
     AddBranch,
     AddSpan,
@@ -90,18 +89,18 @@ class Call:
         else:
             signal = x if gate.signal == "output" else self.model.norm(gate.probe, state, context)[0]
         hit, memory = self._decide(gate, signal)
-        self.cache.decisions.append(Decision(self.moment.step, self.streams, tuple(hit.tolist())))
-        if hit.all():
+        self.cache.decisions.append(Decision(self.moment.step, self.streams, tuple(hit)))
+        if all(hit):
             return self._hit(x, state, context, None)
-        if not hit.any():
+        if not any(hit):
             out = self._miss(x, state, context, marks, None, total)
             if gate.signal == "output":
-                memory.learn(x, out, np.arange(total))
+                memory.learn(x, out, range(total))
             return out
         merged: Tensor | None = None
         for missed in (True, False):
-            chosen = np.flatnonzero(hit != missed)
-            rows = torch.from_numpy(chosen).to(state[0].device)
+            chosen = [place for place, hits in enumerate(hit) if hits != missed]
+            rows = torch.tensor(chosen, device=state[0].device)
             part = tuple(s[rows] for s in state)
             inner = self.model_rows(context, rows, total)
             if missed:
@@ -267,22 +266,21 @@ class Call:
         else:
             self.cache.write_rows((self.network, slot), self.streams, value, rows, total, self.moment)
 
-    def _decide(self, gate: Gate, signal: Tensor) -> tuple[Rows, GateMemory]:
-        """Which rows hit. Updates what the gate remembers of these streams."""
+    def _decide(self, gate: Gate, signal: Tensor) -> tuple[list[bool], GateMemory]:
+        """Which rows hit, and what the gate remembers of these streams."""
         program, rows = self.program, len(signal)
         key = (self.network, gate.memory, self.streams)
-        if key not in self.cache.gates:
-            self.cache.gates[key] = GateMemory(signal, rows)
-        memory = self.cache.gates[key]
+        memory = self.cache.gates.get(key)
+        if memory is None:
+            memory = self.cache.gates[key] = GateMemory(signal)
         need = 1 if program.compute.reuse is None else program.compute.reuse.order + 1
-        ready = np.ones(rows, bool)
-        for slot in program.hit_slots:
-            ready &= self.cache.counts((self.network, slot), self.streams, rows) >= need
+        counts = [self.cache.counts((self.network, slot), self.streams, rows) for slot in program.hit_slots]
+        ready = [min(counted) >= need for counted in zip(*counts, strict=True)] if counts else [True] * rows
         voters = None
         if gate.deciders == "cond" and "cond" in self.streams:
             size = rows // len(self.streams)
             place = self.streams.index("cond") * size
-            voters = np.tile(np.arange(place, place + size), len(self.streams))
+            voters = list(range(place, place + size)) * len(self.streams)
         return decide(gate, memory, signal, ready, voters), memory
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from pliant.compute.sites import parse_sites
@@ -18,8 +16,6 @@ Signal = Literal["residual", "input", "output"]
 Reference = Literal["last_step", "last_full"]
 Comparison = Literal["<", "<="]
 Deciders = Literal["own", "cond"]
-Rows: TypeAlias = npt.NDArray[Any]
-"""(rows,) numbers or truths, one for each row of a batch: so few that PyTorch's own cost per operation would show."""
 
 
 @dataclass(frozen=True)
@@ -119,20 +115,27 @@ class Gate:
         except TypeError as error:
             raise ConfigError(f"this is not a gate: {error}") from None
 
-    def change(self, now: Tensor, then: Tensor) -> Tensor:
-        """(B,) float32: the probe's relative change, rescaled. now, then (B, N, D)."""
-        d = mean_change(now, then) / mean_size(then)
+    def rescaled(self, change: float) -> float:
+        """A relative change through the polynomial, if there is one."""
         if not self.polynomial:
-            return d
-        value = d.new_zeros(d.shape)
+            return change
+        value = 0.0
         for c in self.polynomial:
-            value = value * d + c
+            value = value * change + c
         return value
 
-    def passes(self, change: Rows) -> Rows:
-        """(B,) bool: whether a (summed) change is small enough to hit."""
+    def allows(self, run: int, hits: int, seen: float) -> bool:
+        """Whether the limits leave room for a hit, after so many in a row, so many in all, and changes of that sum."""
+        return (
+            (self.max_run is None or run < self.max_run)
+            and (self.max_hits is None or hits < self.max_hits)
+            and (self.max_seen is None or seen < self.max_seen)
+        )
+
+    def passes(self, change: float) -> bool:
+        """Whether a (summed) change is small enough to hit."""
         if self.never_hits:
-            return np.zeros(change.shape, bool)
+            return False
         return change < self.threshold if self.comparison == "<" else change <= self.threshold
 
     def describe(self) -> str:

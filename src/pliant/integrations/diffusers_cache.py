@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +65,8 @@ class SiteTransformer(torch.nn.Module):
         streams: what the rows of a batch are, in equal shares, e.g. ("null", "cond") where classifier-free guidance
         is one batch; only rules whose conditional rows decide for all ask. Each row decides for itself otherwise.
         """
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
         super().__init__()
         _refuse_hooks(transformer)
         self.transformer = transformer
@@ -73,19 +76,15 @@ class SiteTransformer(torch.nn.Module):
         if clock is None and callable(computes):
             raise ConfigError("a schedule that depends on times needs a clock, e.g. SchedulerClock(pipe.scheduler)")
         self._clock = clock
-        self._streams = streams
+        self._names = _CallNames(streams)
         self._computes: list[Compute] | None = None
         if not callable(computes):
             self._begin(computes)
             if clock is None:
                 self._clock = CallClock([1 - i / len(computes) for i in range(len(computes))])
         self._programs: dict[Compute, SiteProgram] = {}
-        self._parameters_of_call = [
-            p for p in inspect.signature(type(transformer).forward).parameters.values() if p.name != "self"
-        ]
         self._context: str | None = None
-        self._now = -1
-        self._calls: dict[str, int] = {}
+        self._answer = Transformer2DModelOutput
 
     @property
     def computes(self) -> tuple[Compute, ...]:
@@ -127,14 +126,10 @@ class SiteTransformer(torch.nn.Module):
         compute = self._computes[step]
         if compute not in self._programs:
             self._programs[compute] = lower(compute, len(self.sites.sites))
-        streams = self._stream(step)
+        streams = self._names.of(step, self._context)
         call = Call(self._programs[compute], self.sites, self.cache, tuple(x.shape[1:]), streams, clock.moment(step))
         out = call(x, values)
-        if not as_dict:
-            return (out,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=out)
+        return self._answer(sample=out) if as_dict else (out,)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -147,31 +142,41 @@ class SiteTransformer(torch.nn.Module):
         self._computes = list(computes)
         self.cache.depth = 1 + max((c.reuse.order for c in computes if c.reuse is not None), default=0)
 
-    def _stream(self, step: int) -> tuple[str, ...]:
-        """Whose rows a call has. Calls of one step with the same name are told apart by their order."""
-        if step != self._now:
-            self._now = step
-            self._calls.clear()
-        name = "" if self._context is None else CONTEXTS.get(self._context, self._context)
-        k = self._calls.get(name, 0)
-        self._calls[name] = k + 1
-        suffix = "" if k == 0 else f" {k}"
-        if self._streams is not None and not name:
-            return tuple(stream + suffix for stream in self._streams)
-        return ((name or "cond") + suffix,)
-
     def _bound(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name. Raises TypeError as a call of the transformer would."""
-        known = self._parameters_of_call
-        names = [p.name for p in known]
-        unknown = [name for name in kwargs if name not in names]
-        if len(args) > len(known) or unknown or any(name in kwargs for name in names[: len(args)]):
-            raise TypeError(f"forward of {type(self.transformer).__name__} takes {', '.join(names)}")
+        kind = type(self.transformer)
+        names, defaults = _parameters(kind.forward)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        missing = [p.name for p in known if p.default is inspect.Parameter.empty and p.name not in given]
-        if missing:
-            raise TypeError(f"forward of {type(self.transformer).__name__} needs {', '.join(missing)}")
-        return {p.name: given.get(p.name, p.default) for p in known}
+        if len(given) < len(args) + len(kwargs) or not given.keys() <= set(names):
+            raise TypeError(f"forward of {kind.__name__} takes {', '.join(names)}")
+        values = {**defaults, **given}
+        if len(values) < len(names):
+            missing = ", ".join(name for name in names if name not in values)
+            raise TypeError(f"forward of {kind.__name__} needs {missing}")
+        return values
+
+
+class _CallNames:
+    """Whose rows the calls of one request have. (Not the module's own: setting a module's attribute is slow.)"""
+
+    def __init__(self, streams: tuple[str, ...] | None) -> None:
+        """streams: of calls that nobody named."""
+        self.streams = streams
+        self._step = -1
+        self._calls: dict[str, int] = {}
+
+    def of(self, step: int, context: str | None) -> tuple[str, ...]:
+        """Calls of one step with the same name are told apart by their order."""
+        if step != self._step:
+            self._step = step
+            self._calls.clear()
+        name = "" if context is None else CONTEXTS.get(context, context)
+        k = self._calls.get(name, 0)
+        self._calls[name] = k + 1
+        suffix = f" {k}" if k else ""
+        if self.streams is not None and not name:
+            return tuple(stream + suffix for stream in self.streams)
+        return ((name or "cond") + suffix,)
 
 
 class CachedPipeline:
@@ -234,6 +239,13 @@ def cached(
     if options:
         raise ConfigError(f"options {', '.join(options)} belong to a preset; a list of computes takes none")
     return CachedPipeline(pipe, list(preset), streams)
+
+
+@lru_cache(maxsize=16)
+def _parameters(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of what a `forward` takes, in order, and the defaults of those that have one."""
+    known = [p for p in inspect.signature(forward).parameters.values() if p.name != "self"]
+    return tuple(p.name for p in known), {p.name: p.default for p in known if p.default is not inspect.Parameter.empty}
 
 
 def _refuse_hooks(transformer: Any) -> None:
