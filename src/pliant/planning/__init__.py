@@ -4,8 +4,9 @@ from pliant.planning.distribution import FrechetObjective
 from pliant.planning.objective import LEVEL, Objective, Remembered, Score
 from pliant.planning.planner import default_objective, known, plan, search
 from pliant.planning.proxies import SampleError, TrajectoryError
-from pliant.planning.registry import PLANNERS, Planner, get_planner
+from pliant.planning.registry import PLANNERS, get_planner
 from pliant.planning.relative import PooledFeatures, RelativeObjective
+from pliant.planning.request import Planner
 from pliant.planning.result import Candidate, PlanResult, Progress, confirm, frontier, planned
 from pliant.planning.routing import PlanPolicy, Router
 from pliant.planning.teacher import TeacherSettings, Trajectories, teacher_trajectories

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from pliant.denoiser import Denoiser
 from pliant.planning.dynamic_programming import shortest_path
 from pliant.planning.edges import edge_costs
-from pliant.planning.objective import Objective
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.request import Request, planner
+from pliant.planning.result import PlanResult
 from pliant.planning.searching import NODES, SAMPLES, SOLVERS, consider_routes, prepare
-from pliant.planning.task import Task
-from pliant.plans import Budget
 
 
+@planner
 def boss(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
     nodes: int = NODES,
     samples: int = SAMPLES,
 ) -> PlanResult:
@@ -29,26 +21,14 @@ def boss(
     One teacher run and one call per node. Errors do not travel in this cost, which is why the default grid is measured
     too and kept where it is better (at 2 and 3 steps it often is).
     """
-    return one_step_times("boss", 1.0, model, budget, objective, steps, guidance, seed, progress, nodes, samples)
+    return one_step_times("boss", 1.0, request, nodes, samples)
 
 
-def one_step_times(
-    name: str,
-    discount: float,
-    model: Denoiser,
-    budget: float | str | Budget,
-    objective: Objective | None,
-    steps: int,
-    guidance: float | None,
-    seed: int,
-    progress: Progress | None,
-    nodes: int,
-    samples: int,
-) -> PlanResult:
+def one_step_times(name: str, discount: float, request: Request, nodes: int, samples: int) -> PlanResult:
     """The planner that BOSS and GITS are: they differ in how much later errors count."""
-    task = Task.begin(name, model, budget, objective, steps, guidance, seed, progress, discount=discount)
+    task = request.task(name, discount=discount)
     count = task.most_steps()
-    search = prepare(task, seed, max(nodes, count), samples)
+    search = prepare(task, request.seed, max(nodes, count), samples)
     cost = edge_costs(search.field, search.teacher)
     consider_routes(task, search, [shortest_path(cost, count, discount)], SOLVERS)
     return task.finish()

@@ -10,27 +10,21 @@ from torch import Tensor
 from pliant.denoiser import Denoiser
 from pliant.planning.cascade import CascadeRegression
 from pliant.planning.field import Mode, ModelField
-from pliant.planning.objective import Objective
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.request import Request, planner
+from pliant.planning.result import PlanResult
 from pliant.planning.searching import planner_seeds, with_proxy
-from pliant.planning.task import Task
 from pliant.planning.teacher import labels_of, teacher_trajectories
-from pliant.plans import Budget, Plan
+from pliant.plans import Plan
 from pliant.plans.compensation import Compensation, fit_compensation
 from pliant.solvers import DCSolver, Eval, Output, nodes_of
 
 TEACHER_STEPS = 120
 
 
+@planner
 def dc_solver(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
     samples: int = 16,
     trials: int = 16,
     orders: Sequence[int] = (2, 3),
@@ -41,19 +35,19 @@ def dc_solver(
     regression: predicts the ratios instead (`fit_cascade`); nothing is fitted then. UniPC without ratios is measured
     too. Calls: orders * steps * trials on `samples` images, and a teacher of 120 steps.
     """
-    task = Task.begin("dc-solver", model, budget, objective, steps, guidance, seed, progress, trials=trials)
+    task = request.task("dc-solver", trials=trials)
     count = task.most_steps("unipc-2")
-    with_proxy(task, seed)
+    with_proxy(task, request.seed)
     plans = []
     for k, order in enumerate(orders):
         plain = task.uniform(count, DCSolver(order=order))
         if regression is None:
-            solver = compensated(model, plain, planner_seeds(seed, samples), trials).solver
+            solver = compensated(task.model, plain, planner_seeds(request.seed, samples), trials).solver
         else:
-            solver = DCSolver(order=order, ratios=regression.predict(count, guidance or 1.0))
+            solver = DCSolver(order=order, ratios=regression.predict(count, request.guidance or 1.0))
         plans += [plain, plain.with_steps(replace(step, solver=solver) for step in plain.steps)]
-        if progress is not None:
-            progress(k + 1, len(orders), f"ratios of order {order} fitted")
+        if request.progress is not None:
+            request.progress(k + 1, len(orders), f"ratios of order {order} fitted")
     task.consider_all(plans)
     ratios = [list(step.solver.ratios) for p in plans[1::2] if isinstance((step := p.steps[0]).solver, DCSolver)]
     return task.finish(ratios=ratios)

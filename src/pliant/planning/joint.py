@@ -7,35 +7,29 @@ from collections.abc import Sequence
 import torch
 
 from pliant.compute import Compute
-from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.guidance import Guidance, weak_scale
 from pliant.planning.dynamic_programming import budgeted_path
 from pliant.planning.edges import edge_costs
 from pliant.planning.field import Mode
 from pliant.planning.joint_search import JointSearch, weak_first
-from pliant.planning.objective import Objective
 from pliant.planning.polish import Walker, polished
 from pliant.planning.propagation import growth
+from pliant.planning.request import Request, planner
 from pliant.planning.result import PlanResult, Progress
 from pliant.planning.searching import plan_of, prepare
 from pliant.planning.stepping import SOLVER_OF_ORDER, check_order
 from pliant.planning.task import Task
-from pliant.plans import Budget, Plan, weakest
+from pliant.plans import Plan, weakest
 
 LABELS = 64
 """Ways kept per node by the path through one-step errors."""
 
 
+@planner
 def joint(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
     nodes: int = 30,
     samples: int = 24,
     orders: Sequence[int] = (2,),
@@ -58,9 +52,10 @@ def joint(
     objective, which should be a distributional one. Calls: about nodes * modes per sweep on `samples` images, many of
     them remembered from earlier sweeps, and half a plan's per change.
     """
-    task = Task.begin("joint", model, budget, objective, steps, guidance, seed, progress, orders=list(orders))
+    task = request.task("joint", orders=list(orders))
     for order in orders:
         check_order(order)
+    model, progress = task.model, task.progress
     modes = tuple(modes or modes_of(task))
     price = [_price(task, mode) for mode in modes]
     # What a plan spends besides its steps: nothing of FLOPs, a little of seconds.
@@ -69,13 +64,13 @@ def joint(
     if min(price) > limit:
         raise task.too_small(_few(task, modes[price.index(min(price))], 1))
     # A distance to data may prefer less guidance: then the unguided teacher's path is the one to follow.
-    teachers = [True, False] if objective is not None and task.cfg is not None else [True]
+    teachers = [True, False] if request.objective is not None and task.cfg is not None else [True]
     patches = weak_first([float(model.flops(mode.compute)) for mode in modes])
     variants = [(order, phases) for order in orders for phases in dict.fromkeys([(0,) * len(modes), patches])]
     total = len(teachers) * len(variants) * sweeps
     calls, done, plans = 0, 0, list[Plan]()
     for guided in teachers:
-        search = prepare(task, seed, nodes, samples, modes, guided)
+        search = prepare(task, request.seed, nodes, samples, modes, guided)
         weight = growth(search.field, search.teacher)
         table = torch.stack([edge_costs(search.field, search.teacher, mode) for mode in range(len(modes))])
         additive = budgeted_path(table * weight, price, limit, LABELS)
@@ -86,7 +81,7 @@ def joint(
             report = None if progress is None else _shifted(progress, done, total)
             routes = found.within(limit, sweeps, report)[:finalists]
             walker = Walker(search.field, search.teacher, order)
-            routes[0] = polished(walker, routes[0], price, limit, phases, trials, seed)
+            routes[0] = polished(walker, routes[0], price, limit, phases, trials, request.seed)
             calls, done = calls + found.calls + walker.calls, done + sweeps
             plans += [plan_of(task, search, route, SOLVER_OF_ORDER[order]) for route in routes]
     task.consider_all([*_defaults(task), *{p.digest(): p for p in plans}.values()])

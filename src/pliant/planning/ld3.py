@@ -7,27 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pliant.denoiser import Denoiser
 from pliant.guidance import guide
 from pliant.planning.learned_times import Clean, learn_times
-from pliant.planning.objective import Objective
 from pliant.planning.propagation import optimal_steps
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.request import Request, planner
+from pliant.planning.result import PlanResult
 from pliant.planning.searching import NODES, SAMPLES, prepare
 from pliant.planning.stepping import SOLVER_OF_ORDER, check_order
 from pliant.planning.task import Task
-from pliant.plans import Budget
 
 
+@planner
 def ld3(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
     nodes: int = NODES,
     samples: int = 2 * SAMPLES,
     orders: Sequence[int] = (2,),
@@ -39,9 +32,9 @@ def ld3(
     Begins at OptimalSteps' grid, which a gradient alone rarely finds from the default one. Calls: OptimalSteps', and
     about four times updates * steps on `batch` images; the weights need no gradient.
     """
-    task = Task.begin("ld3", model, budget, objective, steps, guidance, seed, progress, updates=updates, batch=batch)
+    task = request.task("ld3", updates=updates, batch=batch)
     count = task.most_steps()
-    search = prepare(task, seed, max(nodes, count), samples)
+    search = prepare(task, request.seed, max(nodes, count), samples)
     labels = search.labels
     plans = []
     for order in orders:
@@ -50,8 +43,8 @@ def ld3(
         route = optimal_steps(search.field, search.teacher, count, order)
         first = task.uniform(count, solver, [search.field.nodes[k].t for k in route.places])
         learned = learn_times(
-            lambda rows: _clean(task, labels[rows]), model.path, first.times, search.start,
-            search.teacher.states[-1], order, updates, batch, seed=seed, report=progress,
+            lambda rows: _clean(task, labels[rows]), task.model.path, first.times, search.start,
+            search.teacher.states[-1], order, updates, batch, seed=request.seed, report=request.progress,
         )  # fmt: skip
         plans += [task.uniform(count, solver), first, task.uniform(count, solver, learned.times)]
         task.settings[f"learned_{solver}"] = {"before": learned.before, "after": learned.after}

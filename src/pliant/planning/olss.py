@@ -6,27 +6,21 @@ from itertools import pairwise
 
 import torch
 
-from pliant.denoiser import Denoiser
 from pliant.planning.dynamic_programming import Route
 from pliant.planning.least_squares import fit_rows, subspace_path
-from pliant.planning.objective import Objective
 from pliant.planning.propagation import optimal_steps
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.request import Request, planner
+from pliant.planning.result import PlanResult
 from pliant.planning.searching import NODES, SAMPLES, Search, plan_of, prepare
 from pliant.planning.task import Task
-from pliant.plans import Budget, Plan, Step
+from pliant.plans import Plan, Step
 from pliant.solvers import Rows
 
 
+@planner
 def olss(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
     nodes: int = NODES,
     samples: int = SAMPLES,
     ridge: float = 1e-5,
@@ -36,9 +30,9 @@ def olss(
     Plain "ddim" and "dpmpp-2m" are measured as well and kept where the fit does not help on other seeds. Calls: one
     per node for the path, steps * nodes for OptimalSteps' grid, one per step for each fit.
     """
-    task = Task.begin("olss", model, budget, objective, steps, guidance, seed, progress, ridge=ridge)
+    task = request.task("olss", ridge=ridge)
     count = task.most_steps()
-    search = prepare(task, seed, max(nodes, count), samples)
+    search = prepare(task, request.seed, max(nodes, count), samples)
     last = len(search.field.nodes) - 1
     at_teacher = torch.stack([search.field.output(search.teacher.states[k], k) for k in range(last)])
     routes = {

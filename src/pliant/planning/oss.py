@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from pliant.denoiser import Denoiser
-from pliant.planning.objective import Objective
 from pliant.planning.propagation import optimal_steps
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.request import Request, planner
+from pliant.planning.result import PlanResult
 from pliant.planning.searching import NODES, SAMPLES, plan_of, prepare
 from pliant.planning.stepping import SOLVER_OF_ORDER
-from pliant.planning.task import Task
-from pliant.plans import Budget
 
 
+@planner
 def oss(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
     nodes: int = NODES,
     samples: int = SAMPLES,
     orders: tuple[int, ...] = (1, 2),
@@ -31,13 +23,13 @@ def oss(
     others: on the two-bump toy at 8 steps the error falls from .051 (times of order 1) to .008. Calls: for every order
     steps * nodes.
     """
-    task = Task.begin("oss", model, budget, objective, steps, guidance, seed, progress, orders=list(orders))
+    task = request.task("oss", orders=list(orders))
     count = task.most_steps()
-    search = prepare(task, seed, max(nodes, count), samples)
+    search = prepare(task, request.seed, max(nodes, count), samples)
     plans = []
     for k, order in enumerate(orders):
-        if progress is not None:
-            progress(k, len(orders), f"propagating order {order}")
+        if request.progress is not None:
+            request.progress(k, len(orders), f"propagating order {order}")
         route = optimal_steps(search.field, search.teacher, count, order)
         plans.append(plan_of(task, search, route, SOLVER_OF_ORDER[order]))
     task.consider_all([task.uniform(count, SOLVER_OF_ORDER[order]) for order in orders])

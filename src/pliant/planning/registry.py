@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 from pliant.errors import PlanError, suggest
 from pliant.planning.auto import auto
 from pliant.planning.autodiffusion import autodiffusion
@@ -16,18 +13,10 @@ from pliant.planning.joint import joint
 from pliant.planning.ld3 import ld3
 from pliant.planning.olss import olss
 from pliant.planning.oss import oss
-from pliant.planning.result import PlanResult
+from pliant.planning.request import Planner
 from pliant.planning.s3 import s3
 from pliant.planning.spectral import spectral
 from pliant.planning.weak_split import weak_split
-
-Planner: TypeAlias = Callable[..., PlanResult]
-"""`planner(model, budget, *, objective=None, steps=50, guidance=None, seed=0, progress=None, **options)`.
-
-budget: as `parse_budget` reads it. objective: chooses among the planner's finalists; None: its own proxy, or nothing to
-choose. steps, guidance: of the all-powerful plan that counts as full compute. options: the planner's own, all with
-defaults. Raises PlanError for a budget below the planner's cheapest plan, naming that.
-"""
 
 PLANNERS: dict[str, Planner] = {
     "weak-split": weak_split,

@@ -1,13 +1,12 @@
-"""What every searching planner takes, in one object, and the decorator that makes the public function of it."""
+"""What every planner takes, in one object, and the decorators that make public functions of it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import update_wrapper
-from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeAlias
 
 from pliant.denoiser import Denoiser
 from pliant.planning.objective import Objective
@@ -21,7 +20,7 @@ from pliant.plans import Budget
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A budget for a model, what full compute is, what decides, and how long to search."""
+    """A budget for a model, what full compute is, what decides, and how long a search may take."""
 
     model: Denoiser
     budget: float | str | Budget
@@ -45,7 +44,7 @@ class Request:
         return SampleError(self.model, TeacherSettings(guidance=self.guidance), range(first, first + 32))
 
 
-def _call(
+def _shared(
     model: Denoiser,
     budget: float | str | Budget,
     *,
@@ -54,43 +53,54 @@ def _call(
     guidance: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-    evaluations: int = 120,
-    seconds: float | None = None,
-    journal: str | FilePath | None = None,
-    finalists: int = 6,
-    num: int | None = None,
 ) -> Request:
-    """The arguments that all searching planners share; the last five are an `Effort`'s."""
-    effort = Effort(evaluations, seconds, journal, finalists, num)
-    return Request(model, budget, objective, steps, guidance, seed, progress, effort)
+    """The arguments that all planners share."""
+    return Request(model, budget, objective, steps, guidance, seed, progress)
 
 
-def search_planner(evaluations: int) -> Callable[[Callable[..., PlanResult]], Callable[..., PlanResult]]:
+Planner: TypeAlias = Callable[..., PlanResult]
+"""`planner(model, budget, *, objective=None, steps=50, guidance=None, seed=0, progress=None, **options)`.
+
+budget: as `parse_budget` reads it. objective: chooses among the planner's finalists; None: its own proxy, or nothing to
+choose. steps, guidance: of the all-powerful plan that counts as full compute. options: the planner's own, all with
+defaults. Raises PlanError for a budget below the planner's cheapest plan, naming that.
+"""
+
+
+def planner(inner: Callable[..., PlanResult]) -> Planner:
     """Of `inner(request, *, <its own options>)` a planner `(model, budget, *, <what all share>, <its own options>)`.
 
-    evaluations: how many it makes unless told otherwise. The signature says all of it, so that `search` and the command
-    line find the options by name.
+    The signature says all of it, so that `search`, the command line and help find the options by name.
     """
-    shared = [
-        p.replace(default=evaluations) if p.name == "evaluations" else p
-        for p in inspect.signature(_call).parameters.values()
-    ]
-    names = {p.name for p in shared}
+    return _public(inner, {})
 
-    def made(inner: Callable[..., PlanResult]) -> Callable[..., PlanResult]:
-        own = list(inspect.signature(inner).parameters.values())[1:]
-        signature = inspect.Signature([*shared, *own], return_annotation=PlanResult)
 
-        def planner(*args: Any, **options: Any) -> PlanResult:
+def search_planner(evaluations: int) -> Callable[[Callable[..., PlanResult]], Planner]:
+    """The same for planners that search, which take the fields of an `Effort`, too; `evaluations`: its default."""
+    effort = dict(inspect.signature(Effort).parameters)
+    effort["evaluations"] = effort["evaluations"].replace(default=evaluations)
+    return lambda inner: _public(inner, effort)
+
+
+def _public(inner: Callable[..., PlanResult], effort: Mapping[str, inspect.Parameter]) -> Planner:
+    shared = inspect.signature(_shared).parameters
+    searching = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in effort.values()]
+    own = list(inspect.signature(inner).parameters.values())[1:]
+    signature = inspect.Signature([*shared.values(), *searching, *own], return_annotation=PlanResult)
+
+    def public(*args: Any, **options: Any) -> PlanResult:
+        try:
             bound = signature.bind(*args, **options)
-            bound.arguments.setdefault("evaluations", evaluations)
-            given = bound.arguments
-            request = _call(**{k: v for k, v in given.items() if k in names})
-            return inner(request, **{k: v for k, v in given.items() if k not in names})
+        except TypeError as error:
+            raise TypeError(f"{inner.__name__}() {error}") from None
+        bound.apply_defaults()
+        given = bound.arguments
+        request = _shared(**{name: given.pop(name) for name in shared})
+        if effort:
+            request = replace(request, effort=Effort(**{name: given.pop(name) for name in effort}))
+        return inner(request, **given)
 
-        update_wrapper(planner, inner)
-        planner.__signature__ = signature  # type: ignore[attr-defined]
-        del planner.__wrapped__  # type: ignore[attr-defined]
-        return planner
-
-    return made
+    update_wrapper(public, inner)
+    public.__signature__ = signature  # type: ignore[attr-defined]
+    del public.__wrapped__  # type: ignore[attr-defined]
+    return public

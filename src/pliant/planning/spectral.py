@@ -15,12 +15,12 @@ from torch import Tensor
 from pliant.compute.spectra import Spectrum
 from pliant.denoiser import Denoiser
 from pliant.evaluation.spectrum import coarse_steps, coefficient_power, radial, switch_times
-from pliant.planning.objective import Objective
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.request import Request, planner
+from pliant.planning.result import PlanResult
 from pliant.planning.searching import planner_seeds
 from pliant.planning.task import Task
 from pliant.planning.teacher import labels_of
-from pliant.plans import Budget, Plan, sample, weak_to_powerful, weakest
+from pliant.plans import Plan, sample, weak_to_powerful, weakest
 from pliant.solvers import SolverLike
 
 DELTAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -28,15 +28,10 @@ DELTA = 0.05
 """Taken where no objective chooses among `DELTAS`."""
 
 
+@planner
 def spectral(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
     solver: SolverLike = "dpmpp-2m",
     spectrum: Spectrum | None = None,
     images: Tensor | None = None,
@@ -48,11 +43,11 @@ def spectral(
     without images on 64 samples of the model itself. deltas: default: `DELTAS` if an objective chooses among them,
     else `DELTA` alone. Raises PlanError for a model without weak patches, or a budget below the cheapest plan.
     """
-    task = Task.begin("spectral", model, budget, objective, steps, guidance, seed, progress, solver=str(solver))
-    weak = weakest(model)
+    task = request.task("spectral", solver=str(solver))
+    model, weak = task.model, weakest(task.model)
     if spectrum is None:
-        spectrum = spectrum_of(task, seed) if images is None else radial(coefficient_power([images]))
-    chosen = deltas or (DELTAS if objective is not None else (DELTA,))
+        spectrum = spectrum_of(task, request.seed) if images is None else radial(coefficient_power([images]))
+    chosen = deltas or (DELTAS if task.objective is not None else (DELTA,))
     plans, switches = [], {}
     for delta in chosen:
         switch = weak_until(model, spectrum, delta)

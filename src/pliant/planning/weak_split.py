@@ -5,12 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
-from pliant.planning.objective import Objective
-from pliant.planning.result import PlanResult, Progress
+from pliant.planning.request import Request, planner
+from pliant.planning.result import PlanResult
 from pliant.planning.task import Task
-from pliant.plans import Budget, Plan, weak_to_powerful
+from pliant.plans import Plan, weak_to_powerful
 from pliant.plans.presets import fewest_weak
 from pliant.solvers import SolverLike
 
@@ -18,15 +17,10 @@ WEAK_SHARE = 0.5
 """Without an objective: the share of weak steps nearest to which the number of steps is chosen."""
 
 
+@planner
 def weak_split(
-    model: Denoiser,
-    budget: float | str | Budget,
+    request: Request,
     *,
-    objective: Objective | None = None,
-    steps: int = 50,
-    guidance: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
     solver: SolverLike = "dpmpp-2m",
     counts: Sequence[int] | None = None,
 ) -> PlanResult:
@@ -37,19 +31,20 @@ def weak_split(
     guided by the weak call (cheaper, so fewer weak steps). With an objective the best is taken; without one, plain
     guidance and the number of steps whose weak share is nearest to one half: nothing is sampled.
     """
-    task = Task.begin("weak-split", model, budget, objective, steps, guidance, seed, progress, solver=str(solver))
+    task = request.task("weak-split", solver=str(solver))
     if counts is None:
         counts = _counts(task, solver)
     plans = []
     for count in counts:
-        for between in sorted({0, count // 2, count} if guidance not in (None, 1.0) and objective else {0}):
+        for between in sorted({0, count // 2, count} if task.cfg is not None and task.objective else {0}):
             plan = split(task, count, between, solver)
             if plan is not None:
                 plans.append(plan)
     if not plans:
         fewest = min(counts)
-        raise task.too_small(weak_to_powerful(model, fewest, weak_steps=fewest, solver=solver, guidance=guidance))
-    if objective is None:
+        all_weak = weak_to_powerful(task.model, fewest, weak_steps=fewest, solver=solver, guidance=task.guidance)
+        raise task.too_small(all_weak)
+    if task.objective is None:
         plans.sort(key=lambda p: -abs(p.provenance["weak_steps"] / len(p.steps) - WEAK_SHARE))
         plans = plans[-1:]
     task.consider_all(plans)
