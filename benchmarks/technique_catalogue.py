@@ -148,10 +148,8 @@ def catalogue(bench: Bench) -> Iterator[Case]:
     yield from _gate("MagCache", "magcache", 30.0, 0.7, 0.5, 0.35, calibrate=True, max_run=8)
     for penalty in (3e-4, 3e-3, 3e-2):
         yield Case("Learning-to-Cache", f"penalty {penalty:g}", lambda b, p=penalty: b.routers(p))  # type: ignore[misc]
-    yield from _preset(
-        "Increment correction", "icc",
-        {"interval": 2, "rank": 16}, {"interval": 3, "rank": 8}, {"interval": 5, "rank": 8},
-    )  # fmt: skip
+    rank = round(bench.model.config.width / 9)  # the published one is 128 of a width of 1152
+    yield from _preset("Increment correction", "icc", {"interval": 2}, {"interval": 3}, {"interval": 5}, rank=rank)
     yield from _rows(
         "Layer skipping",
         ("block 3, first half", lambda b: b.skipped((2,), 0, _part(b, 0.5))),

@@ -103,7 +103,7 @@ def test_requests_in_turn_are_requests_alone() -> None:
             [Compute(), replace(FULL, merged=False)],
             "step 1 .*merged adapters",
         ),
-        (tiny_denoiser, [Compute(), Compute(write=("increment",), precision="int8d")], "step 1 .*int8d"),
+        (tiny_denoiser, [Compute(), Compute(write=("increment(8)",), precision="int8d")], "step 1 .*int8d"),
     ],
 )
 def test_refused_when_checked(make: Callable[[], Denoiser], computes: list[Compute], words: str) -> None:

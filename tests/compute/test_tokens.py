@@ -333,10 +333,10 @@ def test_the_cost_is_what_is_counted(network: DiT, compute: Compute) -> None:
         (lambda: Merge(0.5, 1), "whole number >= 2"),
         (lambda: Compute(tokens=Subset(0.5), write=("kv",)), "writes nothing"),
         (lambda: Compute(tokens=Merge(0.5), write=("kv",)), "merged tokens"),
-        (lambda: Compute(tokens=Merge(0.5), write=("increment",)), "merged tokens"),
+        (lambda: Compute(tokens=Merge(0.5), write=("increment(8)",)), "merged tokens"),
         (lambda: Compute(sites="R4K2", write=("kv",)), "run all sites"),
         (lambda: Compute(write=("kv", "branch"), reuse=Reuse("branch"), gate=Gate(0.1, "R1C5", 1)), "without a gate"),
-        (lambda: Compute(write=("kv", "increment")), "increments"),
+        (lambda: Compute(write=("increment(8)", "kv")), "increments"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(make, words: str) -> None:  # type: ignore[no-untyped-def]

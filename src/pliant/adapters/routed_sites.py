@@ -12,6 +12,7 @@ from pliant.compute.sites import Branch, State
 from pliant.errors import PlanError
 from pliant.models.dit import DiT
 from pliant.models.dit_tokens import DiTTokens
+from pliant.models.increments import plain_block
 
 
 class RoutedSites(DiTTokens):
@@ -28,7 +29,7 @@ class RoutedSites(DiTTokens):
 
     def among(self, s: int, rows: State, seen: State, context: Tensor) -> Branch:
         """Queries of rows (B, n, D) against the keys and values of seen (B, N, D)."""
-        block = self._plain_block(s)
+        block = plain_block(self.blocks, s)
         if type(block.qkv) is not nn.Linear:
             raise PlanError("routed tokens need attention in fp32 or bf16: 8-bit layers cannot answer queries alone")
         weight, bias = block.qkv.weight, block.qkv.bias

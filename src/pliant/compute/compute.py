@@ -15,8 +15,9 @@ from pliant.compute.sites import format_sites, parse_sites, runs
 from pliant.compute.tokens import Merge, Pool, Subset, Tokens, tokens_from_dict, tokens_to_dict
 from pliant.errors import ConfigError, suggest
 
-WRITES = ("branch", "increment", "span(first,last)", "out", "drift", "state", "kv")
+WRITES = ("branch", "increment(rank)", "span(first,last)", "out", "drift", "state", "kv")
 _SPAN = re.compile(r"span\((\d+),(\d+)\)")
+_INCREMENT = re.compile(r"increment\((\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Compute:
     tokens: Tokens | None = None
     """Fewer tokens; None: all of them."""
     write: tuple[str, ...] = ()
-    """What this call leaves in the cache: "branch", "increment", "span(4,20)", "out", "drift", "state", "kv"."""
+    """What this call leaves in the cache: "branch", "increment(8)", "span(4,20)", "out", "drift", "state", "kv"."""
     refine: bool = False
     """Do not call the network: let the model's refiner correct the last velocity (FlowTurbo)."""
     gate: Gate | None = None
@@ -97,11 +98,11 @@ class Compute:
             raise ConfigError(f"a gate with a probe of {self.gate.probe} sites needs sites that begin with R there")
         if isinstance(self.tokens, Subset) and (self.sites is not None or self.gate is not None or self.write):
             raise ConfigError("a subset of tokens runs all sites and writes nothing; leave out sites, write and gate")
-        if "kv" in self.write and (set(letters) - {"R"} or self.gate is not None or "increment" in self.write):
+        if "kv" in self.write and (set(letters) - {"R"} or self.gate is not None or self.increment is not None):
             raise ConfigError("keys and values are kept by calls that run all sites, without a gate or increments")
         if isinstance(self.tokens, Merge) and (
             "kv" in self.write
-            or "increment" in self.write
+            or self.increment is not None
             or (self.reuse is not None and self.reuse.kind == "increment")
         ):
             raise ConfigError("merged tokens have no keys, values or increments of their own to keep or correct")
@@ -109,8 +110,8 @@ class Compute:
             if "kv" in self.write:
                 raise ConfigError("averaged tokens have no keys and values of their own to keep")
             check_pool(self.tokens, letters, hit, self.spans, self.gate.probe if self.gate else 0)
-        if "branch" in self.write and "increment" in self.write:
-            raise ConfigError("a call keeps branches or increments, not both")
+        if sum(item == "branch" or item.startswith("increment") for item in self.write) > 1:
+            raise ConfigError("a call keeps branches, or increments of one rank")
         for first, last in self.spans:
             if letters and last > len(letters):
                 raise ConfigError(f"compute writes span({first},{last}) but has only {len(letters)} sites")
@@ -119,6 +120,11 @@ class Compute:
     def spans(self) -> tuple[tuple[int, int], ...]:
         """The spans this call writes."""
         return tuple((int(m[1]), int(m[2])) for m in map(_SPAN.fullmatch, self.write) if m)
+
+    @property
+    def increment(self) -> int | None:
+        """The rank of the increments that this call writes."""
+        return next((int(m[1]) for m in map(_INCREMENT.fullmatch, self.write) if m), None)
 
     def reads(self) -> tuple[tuple[int, int], ...]:
         """Runs of C among the sites, of the call itself and of a gate's hit: what must be in the cache."""
@@ -217,8 +223,10 @@ class Compute:
 
 def _write_key(item: str) -> tuple[str, int, int]:
     """Sorts what is written; raises ConfigError for what cannot be."""
-    if item in ("branch", "increment", "kv", *WHOLE):
+    if item in ("branch", "kv", *WHOLE):
         return item, 0, 0
+    if isinstance(item, str) and (rank := _INCREMENT.fullmatch(item)):
+        return "increment", int(rank[1]), 0
     match = _SPAN.fullmatch(item) if isinstance(item, str) else None
     if match is None or not int(match[1]) < int(match[2]):
         raise ConfigError(f"compute writes {item!r}; expected one of {', '.join(WRITES)} with first < last")

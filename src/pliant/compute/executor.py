@@ -228,19 +228,21 @@ class Call:
             if isinstance(op, Run):
                 state = self._run(op.first, op.last, state, context)
             elif isinstance(op, RunStore):
-                if op.increment:
-                    branch = model.traced(op.site, model.norm(op.site, state, context), context)
+                if op.increment is None:
+                    kind, branch = "branch", self._branch(op.site, state, context)
+                    self._write((kind, op.site, op.site + 1), branch, rows, total)
                 else:
-                    branch = self._branch(op.site, state, context)
-                kind = "increment" if op.increment else "branch"
-                self._write((kind, op.site, op.site + 1), branch, rows, total)
-                branch = branch[:1] if op.increment else branch
+                    kind = f"increment({op.increment})"
+                    kept = model.traced(op.site, model.norm(op.site, state, context), op.increment, context)
+                    self._write((kind, op.site, op.site + 1), kept, rows, total)
+                    branch = kept[:1]
                 state = model.add(op.site, state, branch, context)
             elif isinstance(op, AddBranch):
                 assert reuse is not None
-                key = (self.network, (reuse.kind, op.site, op.site + 1))
+                kind = "branch" if op.rank is None else f"increment({op.rank})"
+                key = (self.network, (kind, op.site, op.site + 1))
                 branch = self.cache.read(key, self.streams, reuse, self.moment, state[0].dtype, rows)
-                if op.rank is not None:
+                if op.rank:
                     branch = model.corrected(op.site, model.norm(op.site, state, context), branch, op.rank, context)
                 state = model.add(op.site, state, branch, context)
             elif isinstance(op, AddSpan):

@@ -15,7 +15,7 @@ from pliant.compute.tokens import Merge, Pool
 from pliant.errors import PlanError
 
 Slot: TypeAlias = tuple[str, int, int]
-"""("branch", s, s+1), ("span", a, b), ("out", 0, M), ...: a place in the cache."""
+"""("branch", s, s+1), ("increment(8)", s, s+1), ("span", a, b), ("out", 0, M), ...: a place in the cache."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class RunStore:
     """Run one site and keep its branch."""
 
     site: int
-    increment: bool = False
-    """Keep what its linear layers see and put out, too."""
+    increment: int | None = None
+    """Keep what a correction of this rank needs of its linear layers, too."""
 
 
 @dataclass(frozen=True)
@@ -164,15 +164,16 @@ def read_slots(reuse: Reuse | None, letters: str) -> tuple[Slot, ...]:
     spans = [(a, b) for letter, a, b in runs(letters) if letter == "C"]
     if reuse.kind == "span":
         return tuple(("span", a, b) for a, b in spans)
-    return tuple((reuse.kind, s, s + 1) for a, b in spans for s in range(a, b))
+    name: str = reuse.kind if reuse.rank is None else f"increment({reuse.rank})"
+    return tuple((name, s, s + 1) for a, b in spans for s in range(a, b))
 
 
 def write_slots(compute: Compute, sites: int) -> tuple[Slot, ...]:
     """The cache places that a full (missed) call writes."""
     letters = parse_sites(compute.sites) if compute.sites else "R" * sites
     slots: list[Slot] = [("span", a, b) for a, b in compute.spans]
-    for kind in ("branch", "increment"):
-        if kind in compute.write:
+    for kind in compute.write:
+        if kind == "branch" or kind.startswith("increment"):
             slots += [(kind, s, s + 1) for s, letter in enumerate(letters) if letter == "R" and not _pooled(compute, s)]
     slots += [(kind, 0, sites) for kind in (*WHOLE, "kv") if kind in compute.write]
     return tuple(slots)
@@ -195,8 +196,8 @@ def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
     spread = {span.last: span for span in pools.values()}
     probe = (compute.gate.probe,) if compute.gate else ()
     cuts = sorted({0, len(letters), *begins, *ends, *pools, *spread, *probe})
-    increment = "increment" in compute.write
-    branch = increment or "branch" in compute.write
+    increment = compute.increment
+    branch = increment is not None or "branch" in compute.write
     rank = None if compute.reuse is None else compute.reuse.rank
     spans = compute.reuse is not None and compute.reuse.kind == "span"
     out: list[Operation] = []

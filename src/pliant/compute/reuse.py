@@ -26,9 +26,10 @@ class Reuse:
     """What the letter C means in a call's sites.
 
     kind "branch": each site's output before its gate (gates and modulation stay those of now); "span": the change of
-    the state over every run of C (old gates included); "increment": branches whose every linear layer adds a product
-    of rank `rank` with the change of its input since then. The others stand for the whole network (all sites are C):
-    "out" is its output, "drift" output minus input (added to the input of now), "state" what its head reads.
+    the state over every run of C (old gates included); "increment": branches whose every linear layer (queries, keys
+    and values each for themselves) adds a product of rank `rank` with the change of its input since then. The others
+    stand for the whole network (all sites are C): "out" is its output, "drift" output minus input (added to the input
+    of now), "state" what its head reads.
     order 0 repeats the newest value, order q forecasts from the newest q+1 of them on the clock `on`.
     """
 
@@ -41,7 +42,8 @@ class Reuse:
     fit: Chebyshev | None = None
     """Of the basis "chebyshev", and of no other."""
     rank: int | None = None
-    """Of the kind "increment", and of no other; from the width on it is exact, 0 is plain reuse."""
+    """Of the kind "increment", and of no other; a layer whose two factors would cost more than its matrix is computed
+    as it is, 0 is plain reuse."""
 
     def __post_init__(self) -> None:
         choices = {"kind": get_args(ReuseKind), "basis": get_args(Basis), "on": get_args(Clock)}

@@ -70,13 +70,13 @@ def _missing(call: PlannedCall, slot: Slot, stream: str, need: int, have: int) -
     kind, first, last = slot
     what = {
         "branch": f"the branch of site {first}",
-        "increment": f"the branch and inputs of site {first}",
+        "increment": f"the branch of site {first} and what its correction needs",
         "span": f"span({first},{last})",
         "out": "the whole output",
         "drift": "output minus input",
         "state": "the state before the head",
         "kv": "keys and values",
-    }[kind]
+    }[kind.partition("(")[0]]
     write = {"span": f"span({first},{last})"}.get(kind, kind)
     whose = {"cond": "", "null": " of the unconditional stream"}.get(stream, f" of stream {stream!r}")
     times = "" if need == 1 else f" {need} times (it did {have})"

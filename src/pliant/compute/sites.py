@@ -52,8 +52,8 @@ class SiteModel(Protocol):
         """Site s on `norm`'s answer: the branch before its gate."""
         ...
 
-    def traced(self, s: int, seen: State, context: Any) -> Branch:
-        """`inner`'s branch of a single stream, then what `corrected` needs to know of this call."""
+    def traced(self, s: int, seen: State, rank: int, context: Any) -> Branch:
+        """`inner`'s branch of a single stream, then what a later `corrected` of this rank needs of this call."""
         ...
 
     def corrected(self, s: int, seen: State, kept: Branch, rank: int, context: Any) -> Branch:

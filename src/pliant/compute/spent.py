@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pliant.compute.compute import Compute
 from pliant.compute.cost import MATMUL, Convention, CostParts, TransformerShape, cost_parts
+from pliant.compute.lowering import write_slots
 from pliant.compute.sites import parse_sites
 from pliant.compute.tokens import Merge, Pool, Subset
 from pliant.errors import ConfigError
@@ -47,13 +48,19 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
     projections, products, seen = queries * 4 * D * attention, rows * linears * D * mlp, letters.count("R")
     if routed:  # keys and values of all tokens
         projections = (queries + N) * 2 * D * attention
-    if rank is not None:  # reused sites still multiply, by matrices of that rank, and attend
+    if rank:  # reused sites still multiply, by matrices of that rank, and attend
         again = [i for i in range(L) if letters[2 * i] == "C"]
-        projections += queries * sum(_low(rank, D, 3 * inner[i]) + _low(rank, inner[i], D) for i in again)
-        attention += sum(inner[i] for i in again) if rank else 0
+        projections += queries * sum(3 * _low(rank, D, inner[i]) + _low(rank, inner[i], D) for i in again)
+        attention += sum(inner[i] for i in again)
         again = [i for i in range(L) if letters[2 * i + 1] == "C"]
-        products += rows * sum((linears - 1) * _low(rank, D, hidden[i]) + _low(rank, hidden[i], D) for i in again)
+        products += rows * sum(_low(rank, D, hidden[i]) + _low(rank, hidden[i], D) for i in again)
         seen = len(letters)
+    for s in _kept_increments(compute, 2 * L, hit):  # the first factors' products with what the layers see
+        i, low = s // 2, compute.increment or 0
+        if s % 2:
+            products += rows * (_first(low, D, hidden[i]) + _first(low, hidden[i], D))
+        else:
+            projections += queries * (3 * _first(low, D, inner[i]) + _first(low, inner[i], D))
     norms, looks = seen * (N if routed else queries), 2 * queries * keys * attention
     if isinstance(compute.tokens, Pool):
         for s in (s for s, letter in enumerate(letters) if letter == "R"):
@@ -94,9 +101,27 @@ def _similarity(shape: TransformerShape, merge: Merge) -> int:
     return (shape.tokens - ends) * ends * shape.width
 
 
+def in_two_factors(rank: int, inputs: int, outputs: int) -> bool:
+    """Whether a matrix's part of this rank costs less than the matrix itself."""
+    return rank * (inputs + outputs) < inputs * outputs
+
+
 def _low(rank: int, inputs: int, outputs: int) -> int:
     """MACs per row of a product with a matrix of this rank, in two factors or, where that is cheaper, in one."""
-    return min(rank * (inputs + outputs), inputs * outputs)
+    return rank * (inputs + outputs) if in_two_factors(rank, inputs, outputs) else inputs * outputs
+
+
+def _first(rank: int, inputs: int, outputs: int) -> int:
+    """MACs per row of the product with the first of the two factors alone, if there are two."""
+    return rank * inputs if in_two_factors(rank, inputs, outputs) else 0
+
+
+def _kept_increments(compute: Compute, sites: int, hit: bool) -> list[int]:
+    """Sites that keep increments; on a hit only the probe's, which run before the gate decides."""
+    if compute.increment is None:
+        return []
+    kept = [s for kind, s, _ in write_slots(compute, sites) if kind.startswith("increment")]
+    return [s for s in kept if s < compute.gate.probe] if hit and compute.gate is not None else kept
 
 
 def _letters(shape: TransformerShape, compute: Compute, hit: bool) -> str:

@@ -8,6 +8,7 @@ from pliant.compute.sites import Branch, State
 from pliant.compute.subset import put_tokens
 from pliant.models import kernels
 from pliant.models.dit_sites import DiTSites
+from pliant.models.increments import plain_block
 from pliant.models.layers import linear, modulated_norm
 from pliant.models.patches import unpatchify
 
@@ -45,11 +46,11 @@ class DiTTokens(DiTSites):
 
     def _projected(self, s: int, x: Tensor) -> Tensor:
         """Queries, keys and values side by side, (B, rows, 3 * heads * side), of x (B, rows, D)."""
-        return linear(x, self._plain_block(s).qkv, None)
+        return linear(x, plain_block(self.blocks, s).qkv, None)
 
     def _attended(self, s: int, q: Tensor, k: Tensor, v: Tensor) -> Branch:
         """Queries (B, n, heads * side) of some tokens against keys and values (B, N, heads * side)."""
-        block = self._plain_block(s)
+        block = plain_block(self.blocks, s)
         # What was kept may be of another precision than this call's.
         heads = (part.to(q.dtype).unflatten(-1, (block.heads, -1)).transpose(1, 2) for part in (q, k, v))
         out = kernels.attention(*heads)

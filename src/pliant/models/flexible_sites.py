@@ -34,7 +34,7 @@ class FlexibleSites:
         block = self.blocks[s // 2]
         return (block.mlp(seen[0]) if s % 2 else block.attention(seen[0], self.rope),)
 
-    def traced(self, s: int, seen: State, context: Tensor) -> Branch:
+    def traced(self, s: int, seen: State, rank: int, context: Tensor) -> Branch:
         raise PlanError("increments do not work on a flexible network; keep branches instead")
 
     def corrected(self, s: int, seen: State, kept: Branch, rank: int, context: Tensor) -> Branch:

@@ -71,7 +71,7 @@ def _can_fuse(x: Tensor, weight: Tensor) -> bool:
     return same and not needs_gradient and not torch.compiler.is_compiling() and has_fused_linear()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias`, (..., in) -> (..., out)."""
     wanted = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _prefers_onednn(x, weight))
     if wanted and _can_fuse(x, weight):

@@ -16,6 +16,7 @@ from pliant.compute import Compute, TransformerShape
 from pliant.compute.cost import parameter_count
 from pliant.compute.lowering import Slot, write_slots
 from pliant.compute.sites import parse_sites
+from pliant.compute.spent import in_two_factors
 from pliant.compute.tokens import Merge, Subset
 from pliant.denoiser import Denoiser
 from pliant.models.kernels import attention_scratch
@@ -141,12 +142,22 @@ def slots(compute: Compute, shape: TransformerShape, item: int) -> Iterator[tupl
             yield slot, shape.tokens * shape.patch_volume * shape.out_channels * item
         elif kind == "kv":
             yield slot, 2 * shape.tokens * shape.total_inner * item
-        elif kind == "increment":
+        elif kind.startswith("increment"):
             inner = side * (shape.block_heads[first // 2] if shape.block_heads else shape.heads)
             hidden = shape.block_hidden[first // 2] if shape.block_hidden else shape.mlp_hidden
-            yield slot, 2 * state + shape.tokens * (2 * hidden if first % 2 else 4 * inner) * item
+            width, parts = (hidden, 1) if first % 2 else (inner, 3)
+            yield slot, state + _increments(compute.increment or 0, shape.width, width, parts) * shape.tokens * item
         else:
             yield slot, state
+
+
+def _increments(rank: int, width: int, inner: int, parts: int) -> int:
+    """Numbers per token that a correction of a site keeps beside its branch: of its two linear layers, width to `parts`
+    matrices of `inner` features, and back."""
+    if rank == 0:
+        return 0
+    first = parts * (inner + rank) if in_two_factors(rank, width, inner) else 0
+    return first + (rank if in_two_factors(rank, inner, width) else 0)
 
 
 def _widest(shape: TransformerShape, compute: Compute) -> float:
@@ -158,7 +169,7 @@ def _widest(shape: TransformerShape, compute: Compute) -> float:
     """
     ratio = shape.mlp_hidden / shape.width
     widest = max(IN_ATTENTION, 3.0 + ratio * (shape.mlp_linears - 1))  # both first linears of a gated MLP
-    if "increment" in compute.write:
+    if compute.increment is not None:
         widest = max(widest, 4.0 + 2.0 * ratio)
     return widest + (len(compute.spans) + 1 if compute.spans else 0)
 

@@ -102,7 +102,10 @@ def plan_schema() -> dict[str, Any]:
             "tokens": _or_null(_tokens()),
             "write": {
                 "type": "array",
-                "items": {"type": "string", "pattern": r"^(branch|increment|out|drift|state|kv|span\(\d+,\d+\))$"},
+                "items": {
+                    "type": "string",
+                    "pattern": r"^(branch|increment\(\d+\)|out|drift|state|kv|span\(\d+,\d+\))$",
+                },
             },
             "gate": _or_null(_gate()),
         },

@@ -95,7 +95,7 @@ class BlockSites:
         kept = {i: take_rows(m, rows, total) for i, m in context.modulations.items()}
         return Inputs(take_rows(dict(context.rows), rows, total), context.shared, kept)
 
-    def traced(self, s: int, seen: State, context: Inputs) -> Branch:
+    def traced(self, s: int, seen: State, rank: int, context: Inputs) -> Branch:
         raise PlanError("increments need Pliant's own DiT: a diffusers block does not show its linear layers")
 
     def corrected(self, s: int, seen: State, kept: Branch, rank: int, context: Inputs) -> Branch:

@@ -223,7 +223,8 @@ class _CallPrice:
             if isinstance(op, Run):
                 total += self.run(op.first, op.last, share)
             elif isinstance(op, RunStore):
-                total += self.site(op.site, share) + self.unit("keep increment" if op.increment else "keep branch")
+                kept = "keep branch" if op.increment is None else "keep increment"
+                total += self.site(op.site, share) + self.unit(kept)
             elif isinstance(op, AddBranch):
                 total += self.unit("branch" if op.rank is None else "corrected") + self.mixed(order)
             elif isinstance(op, AddSpan):

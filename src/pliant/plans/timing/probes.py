@@ -11,6 +11,7 @@ from pliant.compute.tokens import Pooled
 from pliant.plans.timing.curve import Curve
 
 RANK = 8
+INCREMENT = (f"increment({RANK})",)
 """Of the timed corrections of kept branches."""
 HALF = 0.5
 """Share of the tokens in the timed calls with fewer."""
@@ -61,8 +62,8 @@ def probes(shape: TransformerShape, grid: tuple[int, ...], routed: bool = False)
         Probe("gate output", {"sites": skip, "gate": Gate(0.0, skip, signal="output", reference="last_step")}),
         Probe("keep keys", {"sites": run, "write": ("kv",)}),
         Probe("subset", {"tokens": Subset(HALF, "update_norm")}, {"write": ("kv",)}),
-        Probe("keep increment", {"sites": run, "write": ("increment",)}),
-        Probe("corrected", {"sites": reuse, "reuse": Reuse("increment", rank=RANK)}, {"write": ("increment",)}),
+        Probe("keep increment", {"sites": run, "write": INCREMENT}),
+        Probe("corrected", {"sites": reuse, "reuse": Reuse("increment", rank=RANK)}, {"write": INCREMENT}),
     ]  # fmt: skip
     if min(grid) >= 2:
         found.append(Probe("merge", {"tokens": Merge(HALF)}))
