@@ -1,6 +1,6 @@
 """What every planner without evolution finds on the digits model at a budget, what its search cost, and its distance.
 
-    python benchmarks/analytic_planners.py --budget 10% --out docs/analytic_planners.json
+    python benchmarks/analytic_planners.py --budget 10% --out docs/planners-analytic.json
 
 Full compute is 50 full steps, classifier-free guidance 1.5. Planners of times and coefficients choose by the error to a
 teacher's samples (64), those that choose between computes by the Frechet distance of 300 images; all are then measured
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--budget", default="10%")
     parser.add_argument("--planners", nargs="*", default=[n for n in OWN if n in PLANNERS])
     parser.add_argument("--num", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path("docs/analytic_planners.json"))
+    parser.add_argument("--out", type=Path, default=Path("docs/planners-analytic.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []

@@ -1,12 +1,13 @@
 """Predicted against measured seconds of plans that the throughput table was not fitted on.
 
     python benchmarks/predicted_seconds.py [--model digits DiT-S/2 CIFAR FOLDER] [--precision fp32 bf16] [--rounds 3]
-        [--clock wall|process] [--table FOLDER] [--json predicted.json] [--budgets]
+        [--clock wall|process] [--table FOLDER] [--json predicted.json] [--budgets] [--auto 16]
 
 The table is the one of `pliant bench` (measured here first, or read from FOLDER, which keeps it). Measured: the median
 of several whole runs of a prepared sampler, from labels and seeds to final states, plans taking turns. Gated caches are
 frozen first: what a gate decides is not known before. DiT-S/2 and CIFAR (width 256, depth 8, 32x32 pixels, patch 2) are
-untrained, with weights of normal size everywhere. `--budgets`: plans made for "X s", run, compared with X.
+untrained, with weights of normal size everywhere. `--budgets`: plans made for "X s", run, compared with X; `--auto N`:
+those that `auto` finds with N evaluations, too.
 
 Two distributions are printed. A machine that others use, too, runs as fast today as it did when the table was measured
 or it does not: the first distribution has that in it. The second is of the same predictions times one number, how much
@@ -40,6 +41,8 @@ from pliant.plans.timing.measure import ROWS, default_computes, measure
 
 SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)
 """Of the way from all steps weak to none, in predicted seconds: the budgets asked for."""
+SEARCHED = (0.7, 0.3)
+"""The same for `auto`."""
 PASSES = 3
 GAUGES = ("plain", "weak calls", "guided", "fora")
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -141,6 +144,7 @@ def summary(errors: list[float]) -> str:
 
 def budgets(model: Denoiser, table: Throughput, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Plans made for seconds, run, compared."""
+    from pliant.planning import search
     from pliant.plans import Budget
     from pliant.plans.budget import seconds_text
 
@@ -160,14 +164,19 @@ def budgets(model: Denoiser, table: Throughput, args: argparse.Namespace) -> lis
             for share in SHARES:
                 wanted = float(f"{ends[1] + share * (ends[0] - ends[1]):.3g}")
                 asked[kind, wanted] = made(kind, budget=Budget(seconds=wanted, batch=batch, throughput=now))
+        for share in SEARCHED if args.auto else ():
+            wanted = float(f"{share * prices.plan(made('split', weak_steps=0)).seconds:.3g}")
+            given = {"steps": args.steps, "guidance": 2.0, "evaluations": args.auto}
+            budget = Budget(seconds=wanted, batch=batch, throughput=now)
+            asked["auto", wanted] = search(model, budget, "auto", **given).plan
         taken = seconds_in_turns(model, list(asked.values()), batch, args.rounds, clock=clock)
         for (kind, wanted), plan in asked.items():
             took, expected = batch * taken[plan.digest()], prices.plan(plan).seconds
             row = {"plan": kind, "batch": batch, "budget": wanted, "predicted": expected, "took": took}
             rows.append({**row, "pace": now.measured["adjusted"]})
             print(
-                f"  {kind:12s} budget {seconds_text(wanted)} for {batch}: {plan.provenance['weak_steps']} weak steps, "
-                f"predicted {seconds_text(expected)}, took {seconds_text(took)}: {took / wanted:.1%} of the budget",
+                f"  {kind:12s} budget {seconds_text(wanted)} for {batch}: {plan.provenance.get('weak_steps', '?')} weak "
+                f"of {len(plan.steps)} steps, predicted {seconds_text(expected)}, took {seconds_text(took)}: {took / wanted:.1%} of the budget",
                 flush=True,
             )
     shares = [row["took"] / row["budget"] for row in rows]
@@ -186,6 +195,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--table", metavar="FOLDER")
     parser.add_argument("--budgets", action="store_true")
+    parser.add_argument("--auto", type=int, default=0, metavar="EVALUATIONS")
     parser.add_argument("--json")
     args = parser.parse_args()
     report: dict[str, Any] = {"threads": torch.get_num_threads(), "clock": args.clock, "rows": []}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class VisionEncoder:
             network = AutoModel.from_pretrained(source)
             processor = _processor_config(source)
         except (OSError, ValueError, KeyError, RuntimeError) as e:
-            reason = " ".join(str(e).split())[:200]
+            reason = shorten(str(e), 200, placeholder=" ...")
             raise FormatError(f"{source} is not a vision encoder that transformers can load here: {reason}") from e
         if not hasattr(network, "get_image_features") and getattr(network, "main_input_name", "") != "pixel_values":
             raise FormatError(f"{source} does not take images (model type {network.config.model_type!r})")
