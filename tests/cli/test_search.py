@@ -56,6 +56,8 @@ def test_searches_that_make_no_sense(flexible: Path, run: Run, tmp_path: Path) -
     refused(run("plan", flexible, "--budget", "10%", "--search", "auto", "--solver", "ddim"), "leave out --solver")
     refused(run("plan", flexible, "--budget", "10%", "--search", "auto", "--resume"), "name that file with -o")
     refused(run("plan", flexible, "--budget", "10%", "--search", "boss", "--time", "5s"), "takes no limit of time")
+    again = ("--search", "boss", "--resume", "-o", tmp_path / "plan.json")
+    refused(run("plan", flexible, "--budget", "10%", *again), "'boss' keeps no journal")
     refused(run("plan", flexible, "--budget", "0.01%", "--search", "auto", "--time", "soon"), "cannot read the time")
     tiny = run("plan", flexible, "--budget", "0.01%", "--steps", 4, "--search", "auto", "--num", 20)
     refused(tiny, "below the cheapest plan")

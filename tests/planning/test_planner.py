@@ -9,8 +9,9 @@ import pliant
 from pliant.errors import PlanError
 from pliant.planning import PlanResult, Score, default_objective, known, ready, search
 from pliant.planning.distribution import FRESH
+from pliant.planning.journal import Journal
 from pliant.planning.planner import read_time
-from pliant.planning.racing import Effort, finalists
+from pliant.planning.racing import Effort, finalists, within
 from pliant.planning.task import Task
 from pliant.plans import Budget, Plan
 from support.throughput import synthetic_table
@@ -85,6 +86,20 @@ def test_a_search_keeps_its_time():
     found = search(MODEL, "10%", "s3", objective=FewSteps(), time="0.5s", predictor=False)
     assert found.settings["search"]["stopped"] == "time"
     assert found.settings["search"]["seconds"] < 5
+
+
+def test_sampling_full_compute_is_counted_in_the_time():
+    """Once before the search, once for fresh seeds; a quarter of the time is left; resumed, it is what it was."""
+    judge = default_objective(MODEL, 2, num=20)
+    assert 0.0 < judge.seconds < 30.0
+    judge.seconds = 7.0
+    journal = Journal()
+    assert within(Effort(seconds=60.0), judge, journal).seconds == 46.0
+    assert within(Effort(seconds=12.0), judge, journal).seconds == 3.0
+    assert within(Effort(seconds=12.0), FewSteps(), journal).seconds == 12.0
+    assert within(Effort(), judge, journal).seconds is None
+    judge.seconds = 1.0
+    assert within(Effort(seconds=60.0), judge, journal).seconds == 46.0
 
 
 def test_finalists_become_fewer_where_time_is_short():

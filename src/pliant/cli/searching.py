@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,12 +57,14 @@ class SearchOptions:
                 if value not in (None, False):
                     raise ConfigError(f"{name} belongs to a search: give --search auto too")
             return
-        get_planner(self.planner)
+        searches = "journal" in inspect.signature(get_planner(self.planner)).parameters
         if budget is None:
             raise ConfigError(f"--search {self.planner} needs a budget, e.g. --budget 10%")
         extra = [name for name in choices.given() if name not in ALLOWED]
         if extra:
             raise ConfigError(f"--search decides about everything but guidance: leave out {extra[0]}")
+        if self.resume and not searches:
+            raise ConfigError(f"planner {self.planner!r} keeps no journal to resume: leave out --resume")
         if self.resume and out is None:
             raise ConfigError("--resume goes on with the journal beside the plan file: name that file with -o")
 
@@ -73,8 +76,6 @@ def journal_file(out: Path) -> Path:
 
 def searched(model: Denoiser, choices: PlanOptions, request: SearchOptions, out: Path | None) -> PlanResult:
     """Run the planner. A search writes its journal beside the plan file, if there is one."""
-    import inspect
-
     from pliant.planning import get_planner
     from pliant.planning import search as search_for
 
@@ -83,8 +84,8 @@ def searched(model: Denoiser, choices: PlanOptions, request: SearchOptions, out:
     journal = journal_file(out) if out is not None and resumable else None
     if journal is not None and journal.exists() and not request.resume:
         journal.unlink()
-    if request.resume and (journal is None or not journal.exists()):
-        note(f"there is no journal {journal or ''} to resume: the search begins anew")
+    if request.resume and journal is not None and not journal.exists():
+        note(f"there is no journal {journal} to resume: the search begins anew")
     with progress_saying(f"searching ({planner})") as advance:
         return search_for(
             model,
@@ -135,8 +136,6 @@ def search_facts(found: PlanResult) -> dict[str, Any]:
 
 def list_all(json: bool) -> None:
     """Every planner, and the first line of what it says of itself."""
-    import inspect
-
     from pliant.planning import PLANNERS
 
     rows = []

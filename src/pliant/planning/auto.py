@@ -24,7 +24,7 @@ from pliant.planning.knobs import Knobs, pattern_search, turned
 from pliant.planning.objective import Objective
 from pliant.planning.openings import openings
 from pliant.planning.plan_space import CACHES, SOLVERS, Menu, PlanSpace
-from pliant.planning.racing import SEARCH_SHARE, Effort, Recalled, cheaper, journal_of, search_plans
+from pliant.planning.racing import SEARCH_SHARE, Effort, Recalled, cheaper, journal_of, search_plans, within
 from pliant.planning.refit import Fitter
 from pliant.planning.relative import RelativeObjective
 from pliant.planning.request import Request, search_planner
@@ -78,7 +78,7 @@ def auto(
     try:
         begun = time.perf_counter()
         menu = (solvers, CACHES if caches else ())
-        search = _Search(task, request.effort, judge, diary, request.seed, *menu, fit, knobs)
+        search = _Search(task, within(request.effort, judge, diary), judge, diary, request.seed, *menu, fit, knobs)
         known = [p for p in starts if task.fits(p)] + search.singles(planners)
         return search.run(known, begun)
     finally:

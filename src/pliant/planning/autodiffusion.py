@@ -15,7 +15,7 @@ from pliant.compute.sites import format_sites
 from pliant.errors import PlanError
 from pliant.planning.evolution import Genes, Rules, evolve
 from pliant.planning.genes import Record, Steps
-from pliant.planning.racing import cheaper, journal_of, search_plans
+from pliant.planning.racing import cheaper, journal_of, search_plans, within
 from pliant.planning.request import Request, search_planner
 from pliant.planning.result import PlanResult
 from pliant.planning.s3 import grids_of
@@ -115,6 +115,7 @@ def autodiffusion(
     grids = grids_of(task, count)
     with_own = journal_of(task, effort, judge=judge.describe())
     try:
+        effort = within(effort, judge, with_own)
         first = [[{"t": t, "sites": full} for t in grid] for grid in grids]
         moved: dict[str, Any] = {"start": start, "end": end, "redraw": REDRAW, "grids": grids}
         times_only = Steps(Record({"sites": Skipped(sites, 0)}), count, count, **moved)

@@ -25,6 +25,8 @@ from pliant.plans import Plan
 SEARCH_SHARE = 0.7
 """Of the time: for the search; the rest is for finalists."""
 RULES = Rules()
+LEAST_SEARCHED = 0.25
+"""Of the time: for searching, where sampling full compute takes the rest."""
 RACED = 3
 """Finalists that are measured on fresh seeds."""
 
@@ -33,7 +35,8 @@ RACED = 3
 class Effort:
     """How much a search may do.
 
-    evaluations, seconds: whatever comes first; seconds include the finalists'. journal: file that makes it resumable.
+    evaluations, seconds: whatever comes first; seconds include the finalists' and those of sampling full compute for a
+    relative measure, but a quarter is for the search in any case. journal: file that makes it resumable.
     num: samples of the cheap measure; None: a quarter of the objective's, at least twice the features' dimension.
     """
 
@@ -76,6 +79,15 @@ def journal_of(task: Task, effort: Effort, **about: Any) -> Journal:
     return Journal(effort.journal, about)
 
 
+def within(effort: Effort, objective: Objective, journal: Journal) -> Effort:
+    """The effort less what a relative measure takes to sample full compute: before the search, and on fresh seeds at
+    its end. The journal keeps it, so that a resumed search has as long."""
+    if effort.seconds is None or not isinstance(objective, RelativeObjective):
+        return effort
+    taken = 2.0 * float(journal.noted("seconds of full compute", lambda: objective.seconds))
+    return replace(effort, seconds=max(LEAST_SEARCHED * effort.seconds, effort.seconds - taken))
+
+
 def search_plans(
     task: Task,
     objective: Objective,
@@ -100,6 +112,8 @@ def search_plans(
     fresh seeds, if the objective has any; `quality` is then what was measured there.
     """
     own = journal or journal_of(task, effort)
+    if journal is None:
+        effort = within(effort, objective, own)
     cheap = cheap or cheaper(objective, effort.num)
     try:
         evolved = evolve(

@@ -7,6 +7,7 @@ whether that distribution is a good one.
 from __future__ import annotations
 
 import hashlib
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -47,17 +48,24 @@ class PooledFeatures:
         return torch.cat([cells, 0.1 * torch.stack(means, -1).add(1e-4).log().flatten(1)], 1)
 
 
-def teacher_reference(
+def teacher_features(
     model: Denoiser, plan: Plan, extractor: FeatureExtractor, num: int, first_seed: int = 0, batch: int = 256
-) -> Reference:
-    """Feature statistics of `num` samples of a plan, seeds first_seed, first_seed + 1, ..., classes in turn."""
+) -> Tensor:
+    """(num, D) features of a plan's samples, seeds first_seed, first_seed + 1, ..., classes in turn."""
     every = range(first_seed, first_seed + num)
     labels = labels_of(model, every)
     parts = []
     for start in range(0, num, batch):
         images = sample(model, plan, labels[start : start + batch], every[start : start + batch], batch)
         parts.append(extract(extractor, [to_uint8(images.float().cpu())]))
-    name = f"plan {plan.digest()}, seeds {first_seed}..{first_seed + num - 1}"
+    return torch.cat(parts)
+
+
+def teacher_reference(
+    model: Denoiser, plan: Plan, extractor: FeatureExtractor, features: Tensor, first_seed: int = 0
+) -> Reference:
+    """What samples are compared with: `teacher_features` of so many seeds, and their statistics."""
+    name = f"plan {plan.digest()}, seeds {first_seed}..{first_seed + len(features) - 1}"
     facts = {
         "extractor": extractor.name,
         "extractor_sha256": extractor.fingerprint,
@@ -65,14 +73,14 @@ def teacher_reference(
         "reference": name,
         "reference_sha256": hashlib.sha256(f"{name} {model.fingerprint()}".encode()).hexdigest(),
     }
-    features = torch.cat(parts)
     return Reference(name, FeatureStatistics.of(features, facts), features)
 
 
 class RelativeObjective(FrechetObjective):
     """Fréchet distance to the samples of `full` from the same seeds (Flexiffusion's rFID, arXiv 2409.17566).
 
-    extractor: None for `PooledFeatures`, which needs no weights. `full` itself scores 0.
+    extractor: None for `PooledFeatures`, which needs no weights. `full` itself scores 0. features: (num, D) of `full`'s
+    samples, where they are known.
     """
 
     def __init__(
@@ -82,9 +90,16 @@ class RelativeObjective(FrechetObjective):
         extractor: FeatureExtractor | None = None,
         num: int = 256,
         first_seed: int = 0,
+        features: Tensor | None = None,
     ) -> None:
         extractor = extractor or PooledFeatures(model.config.in_channels)
-        super().__init__(model, teacher_reference(model, full, extractor, num, first_seed), extractor, num, first_seed)
+        begun = perf_counter()
+        if features is None:
+            features = teacher_features(model, full, extractor, num, first_seed)
+        reference = teacher_reference(model, full, extractor, features, first_seed)
+        self.seconds = perf_counter() - begun
+        """What sampling full compute took."""
+        super().__init__(model, reference, extractor, num, first_seed)
         self.full = full
 
     @property
@@ -97,4 +112,6 @@ class RelativeObjective(FrechetObjective):
 
     def on_first(self, num: int) -> RelativeObjective:
         """The same on the first `num` of these seeds."""
-        return RelativeObjective(self.model, self.full, self.extractor, num, self.first_seed)
+        known = self.reference.features
+        features = None if known is None else known[:num]
+        return RelativeObjective(self.model, self.full, self.extractor, num, self.first_seed, features)
