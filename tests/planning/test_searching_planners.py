@@ -26,7 +26,7 @@ from pliant.planning.s3 import NAMED, features_of, s3, schedule
 from pliant.planning.task import Task
 from pliant.plans import Budget, Plan, sample
 from pliant.plans.budget import SLACK
-from pliant.plans.timing.table import network_kind
+from pliant.plans.timing.table import Throughput, network_kind
 from pliant.solvers import compile_program, get_solver, normal_form
 from support.planning import FlowError
 from support.throughput import line, synthetic_table
@@ -102,13 +102,18 @@ def test_auto_is_never_worse_than_what_it_starts_from():
     assert share(found.plan) <= 0.1 + 1e-3
 
 
-@pytest.mark.parametrize("fit", [False, True])
-def test_auto_keeps_to_seconds(fit):
+def misleading() -> Throughput:
     """A table in which FLOPs mislead: coarse patches take as long as fine ones, further terms of a sum as long as half
-    a call. What is measured, what comes out and all finalists keep to the seconds."""
+    a call."""
     table = synthetic_table(MODEL, (None,), faster=0.9)
     half = 0.5 * table.networks[network_kind(MODEL, Compute())]["call"].at(1)
-    table = replace(table, outside={**table.outside, "term": line(half)})
+    return replace(table, outside={**table.outside, "term": line(half)})
+
+
+@pytest.mark.parametrize("fit", [False, True])
+def test_auto_keeps_to_seconds(fit):
+    """What is measured, what comes out and all finalists keep to the seconds."""
+    table = misleading()
     full = Budget(seconds=1.0, batch=2, throughput=table).spent(Plan.uniform(MODEL, 12, guidance=1.5), MODEL)
     budget = Budget(seconds=0.3 * full, batch=2, throughput=table)
     judge = Judge(lambda plan: 100 - len(plan.steps) + 0.01 * len({s.solver.name for s in plan.steps}))
@@ -282,6 +287,17 @@ def test_s3_beats_named_solvers_on_the_mixture(predictor):
     assert {p.cost(model).evaluations for p in (found.plan, *named)} == {6}
     for measure in (judge, fresh):
         assert 1.3 * measure(found.plan).value < min(measure(p).value for p in named)
+
+
+def test_s3_keeps_to_seconds():
+    """Also by a measure that wants terms which take longer than the budget has."""
+    table = misleading()
+    full = Budget(seconds=1.0, throughput=table).spent(Plan.uniform(MODEL, 10), MODEL)
+    budget = Budget(seconds=0.4 * full, throughput=table)
+    judge = Judge(lambda plan: -sum(s.solver.order for s in plan.steps))
+    found = s3(MODEL, budget, objective=judge, steps=10, evaluations=40, finalists=2, predictor=False)
+    assert max(budget.spent(plan, MODEL) for plan in judge.asked) <= (0.4 + SLACK) * full * (1 + 1e-9)
+    assert len(found.plan.steps) == 4 and found.quality.value < -4.0, "what is left of the time is used"
 
 
 def test_the_predictor_ranks_schedules_it_has_not_seen():

@@ -36,7 +36,7 @@ def dc_solver(
     too. Calls: orders * steps * trials on `samples` images, and a teacher of 120 steps.
     """
     task = request.task("dc-solver", trials=trials)
-    count = task.most_steps("unipc-2")
+    count = task.most_steps(DCSolver(order=max(orders)))
     with_proxy(task, request.seed)
     plans = []
     for k, order in enumerate(orders):

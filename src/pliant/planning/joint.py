@@ -21,6 +21,7 @@ from pliant.planning.searching import plan_of, prepare
 from pliant.planning.stepping import SOLVER_OF_ORDER, check_order
 from pliant.planning.task import Task
 from pliant.plans import Plan, weakest
+from pliant.solvers import SolverLike
 
 LABELS = 64
 """Ways kept per node by the path through one-step errors."""
@@ -57,12 +58,13 @@ def joint(
         check_order(order)
     model, progress = task.model, task.progress
     modes = tuple(modes or modes_of(task))
-    price = [_price(task, mode) for mode in modes]
+    solver = SOLVER_OF_ORDER[max(orders)]  # of the same FLOPs, sums of more terms take longer
+    price = [_price(task, mode, solver) for mode in modes]
     # What a plan spends besides its steps: nothing of FLOPs, a little of seconds.
-    beside = task.budget.spent(_few(task, modes[0], 1), model) - price[0]
+    beside = task.budget.spent(_few(task, modes[0], 1, solver), model) - price[0]
     limit = task.limit - max(0.0, beside)
     if min(price) > limit:
-        raise task.too_small(_few(task, modes[price.index(min(price))], 1))
+        raise task.too_small(_few(task, modes[price.index(min(price))], 1, solver))
     # A distance to data may prefer less guidance: then the unguided teacher's path is the one to follow.
     teachers = [True, False] if request.objective is not None and task.cfg is not None else [True]
     patches = weak_first([float(model.flops(mode.compute)) for mode in modes])
@@ -103,14 +105,14 @@ def modes_of(task: Task) -> list[Mode]:
     return modes
 
 
-def _price(task: Task, mode: Mode) -> float:
-    """What one more step of a mode spends, in the budget's unit."""
-    one, two = (task.budget.spent(_few(task, mode, count), task.model) for count in (1, 2))
-    return two - one
+def _price(task: Task, mode: Mode, solver: SolverLike) -> float:
+    """What one more step of a mode spends, in the budget's unit; one in the middle, of the solver's full order."""
+    less, more = (task.budget.spent(_few(task, mode, count, solver), task.model) for count in (2, 3))
+    return more - less
 
 
-def _few(task: Task, mode: Mode, steps: int) -> Plan:
-    return Plan.uniform(task.model, steps, "ddim", mode.compute, mode.guidance)
+def _few(task: Task, mode: Mode, steps: int, solver: SolverLike) -> Plan:
+    return Plan.uniform(task.model, steps, solver, mode.compute, mode.guidance)
 
 
 def _defaults(task: Task) -> list[Plan]:

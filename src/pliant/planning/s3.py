@@ -126,6 +126,17 @@ def s3(
         plan.check(model)
         return plan
 
+    def mend(rows: list[dict[str, Any]], rng: Random) -> list[dict[str, Any]] | None:
+        """Lower orders until it fits: of the same FLOPs, a sum of more terms takes longer."""
+        while not task.fits(decode(rows)):
+            high = [k for k, row in enumerate(rows) if row["order"] > 1 or row["corrector"] != "none"]
+            if not high:
+                return None
+            k = rng.choice(high)
+            lower = {"order": rows[k]["order"] - 1} if rows[k]["order"] > 1 else {"corrector": "none"}
+            rows = [*rows[:k], {**rows[k], **lower}, *rows[k + 1 :]]
+        return rows
+
     grids = grids_of(task, count)
     gene = Steps(GENES, count, count, base.times[0], base.end, grids=grids)
     initial = [started(grid, row) for grid in grids for row in NAMED.values()]
@@ -145,7 +156,7 @@ def s3(
     return search_plans(
         task,
         judge,
-        Genes(gene),
+        Genes(gene, mend if task.budget.unit == "seconds" else None),
         decode,
         request.effort,
         seed=seed,
