@@ -293,7 +293,9 @@ def plot(bench: Bench, budgets: list[float], file: Path) -> None:
     axis.set_yticks([m for m in marks if low <= m <= high], [f"{m:g}" for m in marks if low <= m <= high])
     axis.set_xlabel("FLOPs, share of the all-powerful baseline")
     axis.set_ylabel(f"{bench.tune.name}, 90 % interval")
-    axis.set_title(f"{Path(bench.args.model).name}: {SETS} x {bench.args.num} images", fontsize=10)
+    folder = Path(bench.args.model)
+    title = folder.parent.name if folder.name == "model" else folder.name
+    axis.set_title(f"{title}: {SETS} x {bench.args.num} images", fontsize=10)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the lines, not over them
     axis.grid(alpha=0.3)
     figure.tight_layout()
