@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from pliant.plans import Plan
 from support.cli import Run, refused
 
@@ -29,6 +31,18 @@ def test_a_search_writes_plan_journal_and_evidence(flexible: Path, tmp_path: Pat
     # A journal of another search is not taken for this one's.
     other = run("plan", flexible, *QUICK, "--time", "1s", "--seed", 2, "--resume", "-o", file)
     refused(other, "another search", "seed")
+
+
+def test_an_interrupted_search_says_how_to_go_on(
+    flexible: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pliant.planning.search", interrupted)
+    done = run("plan", flexible, *QUICK, "-o", tmp_path / "plan.json")
+    assert done.code == 130 and "plan.search.jsonl; the same command with --resume" in done.err
+    assert "resume" not in run("plan", flexible, *QUICK).err
 
 
 def test_planners_are_listed(run: Run) -> None:

@@ -86,19 +86,24 @@ def searched(model: Denoiser, choices: PlanOptions, request: SearchOptions, out:
         journal.unlink()
     if request.resume and journal is not None and not journal.exists():
         note(f"there is no journal {journal} to resume: the search begins anew")
-    with progress_saying(f"searching ({planner})") as advance:
-        return search_for(
-            model,
-            ready_budget(model, choices),
-            planner,
-            time=request.time,
-            seed=request.seed or 0,
-            steps=choices.steps or STEPS,
-            guidance=choices.guidance,
-            objective=_objective(model, request, choices),
-            journal=journal,
-            progress=advance,
-        )
+    try:
+        with progress_saying(f"searching ({planner})") as advance:
+            return search_for(
+                model,
+                ready_budget(model, choices),
+                planner,
+                time=request.time,
+                seed=request.seed or 0,
+                steps=choices.steps or STEPS,
+                guidance=choices.guidance,
+                objective=_objective(model, request, choices),
+                journal=journal,
+                progress=advance,
+            )
+    except KeyboardInterrupt:
+        if journal is not None:
+            note(f"what was measured is kept in {journal}; the same command with --resume goes on")
+        raise
 
 
 def _objective(model: Denoiser, request: SearchOptions, choices: PlanOptions) -> Objective | None:
