@@ -149,7 +149,7 @@ def catalogue(bench: Bench) -> Iterator[Case]:
     for penalty in (3e-4, 3e-3, 3e-2):
         yield Case("Learning-to-Cache", f"penalty {penalty:g}", lambda b, p=penalty: b.routers(p))  # type: ignore[misc]
     rank = round(bench.model.config.width / 9)  # the published one is 128 of a width of 1152
-    yield from _preset("Increment correction", "icc", {"interval": 2}, {"interval": 3}, {"interval": 5}, rank=rank)
+    yield from _preset("Increment correction", "icc", *({"interval": n, "rank": rank} for n in (2, 3, 5)))
     yield from _rows(
         "Layer skipping",
         ("block 3, first half", lambda b: b.skipped((2,), 0, _part(b, 0.5))),
