@@ -148,7 +148,7 @@ def catalogue(bench: Bench) -> Iterator[Case]:
     yield from _gate("MagCache", "magcache", 30.0, 0.7, 0.5, 0.35, calibrate=True, max_run=8)
     for penalty in (3e-4, 3e-3, 3e-2):
         yield Case("Learning-to-Cache", f"penalty {penalty:g}", lambda b, p=penalty: b.routers(p))  # type: ignore[misc]
-    rank = round(bench.model.config.width / 9)  # the published one is 128 of a width of 1152
+    rank = bench.model.config.width // 12  # published: a ninth; products like multiples of 8
     yield from _preset("Increment correction", "icc", *({"interval": n, "rank": rank} for n in (2, 3, 5)))
     yield from _rows(
         "Layer skipping",
