@@ -104,6 +104,11 @@ def test_requests_in_turn_are_requests_alone() -> None:
             "step 1 .*merged adapters",
         ),
         (tiny_denoiser, [Compute(), Compute(write=("increment(8)",), precision="int8d")], "step 1 .*int8d"),
+        (
+            tiny_denoiser,
+            [Compute(write=("increment(8)",)), Compute(sites="C4", reuse=Reuse("increment", rank=4))],
+            r"step 1 .*write=..increment\(4\)",
+        ),
     ],
 )
 def test_refused_when_checked(make: Callable[[], Denoiser], computes: list[Compute], words: str) -> None:
