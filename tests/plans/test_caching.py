@@ -413,3 +413,11 @@ def test_cost_is_what_runs(model: Denoiser, name: str) -> None:
     assert least * 0.99 <= total <= most * 1.01, (least, total, most)
     if least == most:
         assert total == pytest.approx(most, rel=0.01)
+
+
+def test_the_published_rank_follows_the_width(model: Denoiser) -> None:
+    plan = Plan.uniform(model, STEPS, "euler")
+    by_itself, told = plan.cached(model, "icc"), plan.cached(model, "icc", rank=round(model.config.width / 9))
+    assert [s.compute for s in by_itself.steps] == [s.compute for s in told.steps]
+    assert by_itself.cost(model).share < 0.9
+    assert Target((1.0,), 8).width == 9 * 128

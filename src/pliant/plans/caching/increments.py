@@ -7,14 +7,14 @@ from pliant.plans.caching.options import period, whole
 from pliant.plans.caching.rows import Row, Target
 
 
-def icc(target: Target, *, interval: int = 2, rank: int = 128) -> list[Row]:
+def icc(target: Target, *, interval: int = 2, rank: int | None = None) -> list[Row]:
     """Full where `i % interval == 0`; in between every linear layer is `y_kept + W_rank (x - x_kept)`.
 
     W_rank: the best approximation of that rank of the layer's own weight (the SVD variant; nothing is calibrated on
     data), of queries, keys and values each for itself. Attention itself is computed, from corrected queries, keys and
-    values. Rank 0 is plain reuse. The published rank is for a width of 1152: a ninth of it.
+    values. Rank 0 is plain reuse; None: a ninth of the width, which of the published 1152 is the published 128.
     """
     every = period(interval, target)
-    low = whole("rank", rank, 0)
+    low = round(target.width / 9) if rank is None else whole("rank", rank, 0)
     cached = Row(sites=f"C{target.sites}", reuse=Reuse("increment", rank=low))
     return [Row(write=(f"increment({low})",)) if i % every == 0 else cached for i in range(target.steps)]

@@ -47,6 +47,8 @@ class Target:
     sites: int
     channels: int = 1
     """Of the states."""
+    width: int = 1152
+    """Features of a token; as a rule's paper has it where nobody says."""
 
     @property
     def steps(self) -> int:
@@ -69,7 +71,7 @@ def target_of(plan: Plan, model: Denoiser) -> Target:
     depths = {model.shape(step.compute).depth for step in plan.steps}
     if len(depths) > 1:
         raise PlanError("the steps of this plan leave the network at different depths; caches need one depth")
-    return Target(tuple(step.t for step in plan.steps), 2 * depths.pop(), model.config.in_channels)
+    return Target(tuple(step.t for step in plan.steps), 2 * depths.pop(), model.config.in_channels, model.config.width)
 
 
 def apply_rows(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> Plan:
