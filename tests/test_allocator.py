@@ -40,7 +40,7 @@ def test_freed_memory_is_not_asked_for_again() -> None:
     kept, few = rounds()
     left, many = rounds(**{VARIABLE: "0"})
     assert kept and not left
-    assert few < 1000 < 20_000 < many  # 48 MB are 12,000 pages
+    assert few < many / 10  # ten times 48 MB: 120,000 pages, or 240 where the system makes huge ones
 
 
 def test_who_has_decided_is_left_alone() -> None:
