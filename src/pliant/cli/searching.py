@@ -57,16 +57,23 @@ class SearchOptions:
                 if value not in (None, False):
                     raise ConfigError(f"{name} belongs to a search: give --search auto too")
             return
-        searches = "journal" in inspect.signature(get_planner(self.planner)).parameters
+        get_planner(self.planner)
         if budget is None:
             raise ConfigError(f"--search {self.planner} needs a budget, e.g. --budget 10%")
         extra = [name for name in choices.given() if name not in ALLOWED]
         if extra:
             raise ConfigError(f"--search decides about everything but guidance: leave out {extra[0]}")
-        if self.resume and not searches:
+        if self.resume and not keeps_journal(self.planner):
             raise ConfigError(f"planner {self.planner!r} keeps no journal to resume: leave out --resume")
         if self.resume and out is None:
             raise ConfigError("--resume goes on with the journal beside the plan file: name that file with -o")
+
+
+def keeps_journal(planner: str) -> bool:
+    """Whether a planner's search can be resumed."""
+    from pliant.planning import get_planner
+
+    return "journal" in inspect.signature(get_planner(planner)).parameters
 
 
 def journal_file(out: Path) -> Path:
@@ -76,12 +83,10 @@ def journal_file(out: Path) -> Path:
 
 def searched(model: Denoiser, choices: PlanOptions, request: SearchOptions, out: Path | None) -> PlanResult:
     """Run the planner. A search writes its journal beside the plan file, if there is one."""
-    from pliant.planning import get_planner
     from pliant.planning import search as search_for
 
     planner = request.planner or "auto"
-    resumable = "journal" in inspect.signature(get_planner(planner)).parameters
-    journal = journal_file(out) if out is not None and resumable else None
+    journal = journal_file(out) if out is not None and keeps_journal(planner) else None
     if journal is not None and journal.exists() and not request.resume:
         journal.unlink()
     if request.resume and journal is not None and not journal.exists():

@@ -100,11 +100,7 @@ class Compute:
             raise ConfigError("a subset of tokens runs all sites and writes nothing; leave out sites, write and gate")
         if "kv" in self.write and (set(letters) - {"R"} or self.gate is not None or self.increment is not None):
             raise ConfigError("keys and values are kept by calls that run all sites, without a gate or increments")
-        if isinstance(self.tokens, Merge) and (
-            "kv" in self.write
-            or self.increment is not None
-            or (self.reuse is not None and self.reuse.kind == "increment")
-        ):
+        if isinstance(self.tokens, Merge) and ("kv" in self.write or self.has_increments):
             raise ConfigError("merged tokens have no keys, values or increments of their own to keep or correct")
         if isinstance(self.tokens, Pool):
             if "kv" in self.write:
@@ -125,6 +121,16 @@ class Compute:
     def increment(self) -> int | None:
         """The rank of the increments that this call writes."""
         return next((int(m[1]) for m in map(_INCREMENT.fullmatch, self.write) if m), None)
+
+    @property
+    def has_increments(self) -> bool:
+        """Whether it keeps what corrections need, or corrects."""
+        return self.increment is not None or (self.reuse is not None and self.reuse.rank is not None)
+
+    @property
+    def keeps_branches(self) -> bool:
+        """Whether every site that runs leaves its branch, corrected later or not."""
+        return self.increment is not None or "branch" in self.write
 
     def reads(self) -> tuple[tuple[int, int], ...]:
         """Runs of C among the sites, of the call itself and of a gate's hit: what must be in the cache."""

@@ -24,7 +24,7 @@ from pliant.compute.lowering import (
 )
 from pliant.compute.merging import match
 from pliant.compute.pooling import averaged, copied_back
-from pliant.compute.reuse import Reuse
+from pliant.compute.reuse import Reuse, branch_slot
 from pliant.compute.routed import RoutedModel, routed_output
 from pliant.compute.sites import Branch, SiteModel, State
 from pliant.compute.subset import TokenModel, subset_output
@@ -229,18 +229,15 @@ class Call:
                 state = self._run(op.first, op.last, state, context)
             elif isinstance(op, RunStore):
                 if op.increment is None:
-                    kind, branch = "branch", self._branch(op.site, state, context)
-                    self._write((kind, op.site, op.site + 1), branch, rows, total)
+                    branch = kept = self._branch(op.site, state, context)
                 else:
-                    kind = f"increment({op.increment})"
                     kept = model.traced(op.site, model.norm(op.site, state, context), op.increment, context)
-                    self._write((kind, op.site, op.site + 1), kept, rows, total)
                     branch = kept[:1]
+                self._write((branch_slot(op.increment), op.site, op.site + 1), kept, rows, total)
                 state = model.add(op.site, state, branch, context)
             elif isinstance(op, AddBranch):
                 assert reuse is not None
-                kind = "branch" if op.rank is None else f"increment({op.rank})"
-                key = (self.network, (kind, op.site, op.site + 1))
+                key = (self.network, (branch_slot(op.rank), op.site, op.site + 1))
                 branch = self.cache.read(key, self.streams, reuse, self.moment, state[0].dtype, rows)
                 if op.rank:
                     branch = model.corrected(op.site, model.norm(op.site, state, context), branch, op.rank, context)

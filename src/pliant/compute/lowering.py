@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from pliant.compute.compute import Compute
 from pliant.compute.pooling import pool_of_hit
-from pliant.compute.reuse import WHOLE, Reuse, ReuseKind
+from pliant.compute.reuse import WHOLE, Reuse, ReuseKind, branch_slot
 from pliant.compute.sites import parse_sites, runs
 from pliant.compute.tokens import Merge, Pool
 from pliant.errors import PlanError
@@ -164,17 +164,16 @@ def read_slots(reuse: Reuse | None, letters: str) -> tuple[Slot, ...]:
     spans = [(a, b) for letter, a, b in runs(letters) if letter == "C"]
     if reuse.kind == "span":
         return tuple(("span", a, b) for a, b in spans)
-    name: str = reuse.kind if reuse.rank is None else f"increment({reuse.rank})"
-    return tuple((name, s, s + 1) for a, b in spans for s in range(a, b))
+    return tuple((branch_slot(reuse.rank), s, s + 1) for a, b in spans for s in range(a, b))
 
 
 def write_slots(compute: Compute, sites: int) -> tuple[Slot, ...]:
     """The cache places that a full (missed) call writes."""
     letters = parse_sites(compute.sites) if compute.sites else "R" * sites
     slots: list[Slot] = [("span", a, b) for a, b in compute.spans]
-    for kind in compute.write:
-        if kind == "branch" or kind.startswith("increment"):
-            slots += [(kind, s, s + 1) for s, letter in enumerate(letters) if letter == "R" and not _pooled(compute, s)]
+    if compute.keeps_branches:
+        kept = [s for s, letter in enumerate(letters) if letter == "R" and not _pooled(compute, s)]
+        slots += [(branch_slot(compute.increment), s, s + 1) for s in kept]
     slots += [(kind, 0, sites) for kind in (*WHOLE, "kv") if kind in compute.write]
     return tuple(slots)
 
@@ -196,8 +195,6 @@ def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
     spread = {span.last: span for span in pools.values()}
     probe = (compute.gate.probe,) if compute.gate else ()
     cuts = sorted({0, len(letters), *begins, *ends, *pools, *spread, *probe})
-    increment = compute.increment
-    branch = increment is not None or "branch" in compute.write
     rank = None if compute.reuse is None else compute.reuse.rank
     spans = compute.reuse is not None and compute.reuse.kind == "span"
     out: list[Operation] = []
@@ -212,8 +209,8 @@ def _operations(compute: Compute, letters: str) -> tuple[Operation, ...]:
                 out.append(Mark(a))
             if a in pools:
                 out.append(PoolTokens(a, pools[a].last, pools[a].ratio))
-            if letter == "R" and branch and not _pooled(compute, a):
-                out += [RunStore(s, increment) for s in range(a, b)]
+            if letter == "R" and compute.keeps_branches and not _pooled(compute, a):
+                out += [RunStore(s, compute.increment) for s in range(a, b)]
             elif letter == "R":
                 out.append(Run(a, b))
             elif letter == "C" and spans:

@@ -21,6 +21,11 @@ MAX_WINDOW = 128
 """Values that a regression may keep."""
 
 
+def branch_slot(rank: int | None) -> str:
+    """What a kept branch is called, in a cache and in a compute's `write`; rank: of its correction, None: of none."""
+    return "branch" if rank is None else f"increment({rank})"
+
+
 @dataclass(frozen=True)
 class Reuse:
     """What the letter C means in a call's sites.

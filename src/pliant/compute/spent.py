@@ -8,6 +8,7 @@ from __future__ import annotations
 from pliant.compute.compute import Compute
 from pliant.compute.cost import MATMUL, Convention, CostParts, TransformerShape, cost_parts
 from pliant.compute.lowering import write_slots
+from pliant.compute.reuse import branch_slot
 from pliant.compute.sites import parse_sites
 from pliant.compute.tokens import Merge, Pool, Subset
 from pliant.errors import ConfigError
@@ -120,7 +121,7 @@ def _kept_increments(compute: Compute, sites: int, hit: bool) -> list[int]:
     """Sites that keep increments; on a hit only the probe's, which run before the gate decides."""
     if compute.increment is None:
         return []
-    kept = [s for kind, s, _ in write_slots(compute, sites) if kind.startswith("increment")]
+    kept = [s for kind, s, _ in write_slots(compute, sites) if kind == branch_slot(compute.increment)]
     return [s for s in kept if s < compute.gate.probe] if hit and compute.gate is not None else kept
 
 

@@ -268,7 +268,7 @@ class FiT(Backbone):
             raise PlanError("a FiT has no scale: sample it at a smaller size instead")
         if compute.tokens is not None or "kv" in compute.write:
             raise PlanError("token subsets, merging and kept keys do not work on a FiT")
-        if compute.increment is not None:
+        if compute.has_increments:
             raise PlanError("increments do not work on a FiT; keep branches instead")
 
     def check_size(self, size: Size) -> None:

@@ -144,7 +144,7 @@ class FlexibleTransformer(Backbone):
             raise PlanError("a flexible network has no scale: its coarse calls are those of larger patches")
         if compute.tokens is not None or "kv" in compute.write:
             raise PlanError(NO_TOKENS)
-        if compute.increment is not None:
+        if compute.has_increments:
             raise PlanError("increments do not work on a flexible network; keep branches instead")
 
     def check_size(self, size: Size) -> None:

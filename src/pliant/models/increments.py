@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pliant.compute.sites import Branch
 from pliant.compute.spent import in_two_factors
@@ -51,10 +51,9 @@ class Increments:
         x (B, N, D): what the site sees.
         """
         first, second = self._layers(s)
-        block = plain_block(self.blocks, s)
-        middle = linear(x, getattr(block, first), None)
+        middle = linear(x, self._linear(s, first), None)
         between = self._between(s, middle)
-        branch = linear(between, getattr(block, second), None)
+        branch = linear(between, self._linear(s, second), None)
         if rank == 0:
             return (branch,)
         one, two = self._of(s, first, rank), self._of(s, second, rank)
@@ -77,7 +76,7 @@ class Increments:
         """(B, N, in) -> (B, N, out); where there are several parts (parts, B, N, out / parts)."""
         factors = self._of(s, name, rank)
         if factors is None:
-            return linear(x, getattr(plain_block(self.blocks, s), name), None)
+            return linear(x, self._linear(s, name), None)
         assert kept is not None and seen is not None
         change = kernels.linear(x, factors.down, None) - seen
         parts, out, _ = factors.up.shape
@@ -101,11 +100,15 @@ class Increments:
         """The layer's factors, or None where the matrix itself costs less."""
         key = (s, name, rank)
         if key not in self._factors:
-            weight = getattr(plain_block(self.blocks, s), name).weight.detach()
+            weight = self._linear(s, name).weight.detach()
             parts = 3 if name == "qkv" else 1
             each = weight.view(parts, -1, weight.shape[1])
             self._factors[key] = _factors(each, rank) if in_two_factors(rank, weight.shape[1], each.shape[1]) else None
         return self._factors[key]
+
+    def _linear(self, s: int, name: str) -> nn.Linear:
+        layer: nn.Linear = getattr(plain_block(self.blocks, s), name)
+        return layer
 
     @staticmethod
     def _layers(s: int) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from pliant.adapters.routed_sites import RoutedSites
 from pliant.adapters.token_router import TokenRoutedDiT
 from pliant.adapters.width import DynamicDiT
 from pliant.adapters.width_slicing import width_variants
+from pliant.allocator import keep_freed_memory
 from pliant.compute import Compute, Subset
 from pliant.compute.bands import down, up
 from pliant.compute.cache import Cache, Moment, Streams
@@ -68,6 +69,8 @@ class Lowered:
     """
 
     def __init__(self, denoiser: Denoiser, compute: Compute, networks: Networks | None = None) -> None:
+        if denoiser.device.type == "cpu":
+            keep_freed_memory()
         self.denoiser = denoiser
         self.compute = compute
         networks = {} if networks is None else networks

@@ -309,8 +309,7 @@ def _check_network(compute: Compute, model: Denoiser) -> None:
     """Raise PlanError where this kind of network cannot do what a compute asks for."""
     if isinstance(model.network, DynamicDiT) and not (compute.plain and compute.scale is None):
         raise PlanError("sites, caches, token subsets and scales do not work on a network with routed width")
-    corrected = compute.increment is not None or (compute.reuse is not None and compute.reuse.kind == "increment")
-    if corrected and compute.precision == "int8d":
+    if compute.has_increments and compute.precision == "int8d":
         raise PlanError("increments are corrected with parts of the weights, which precision 'int8d' lacks; use 'bf16'")
     model.core.check_compute(compute)
 

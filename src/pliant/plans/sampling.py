@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pliant.allocator import keep_freed_memory
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.plans.calls import calls_in
@@ -72,8 +71,6 @@ class Sampler:
         """
         self.add = add
         plan.check(model)
-        if model.device.type == "cpu":
-            keep_freed_memory()
         self.model = model
         self.plan = plan
         self.program: Program = plan.program(model)

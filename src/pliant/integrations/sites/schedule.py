@@ -58,7 +58,7 @@ def check_schedule(sites: BlockSites, computes: Sequence[Compute]) -> None:
             raise PlanError(
                 f"step {i} asks for {asked.describe()}; diffusers transformers take sites, reuse, write and gate only"
             )
-        if compute.increment is not None or (compute.reuse is not None and compute.reuse.kind == "increment"):
+        if compute.has_increments:
             raise PlanError(f"step {i} asks for increments; those need Pliant's own DiT")
         if "kv" in compute.write:
             raise PlanError(f"step {i} keeps keys and values; those need Pliant's own DiT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pliant.compute import Reuse
+from pliant.compute.reuse import branch_slot
 from pliant.plans.caching.options import period, whole
 from pliant.plans.caching.rows import Row, Target
 
@@ -17,4 +18,4 @@ def icc(target: Target, *, interval: int = 2, rank: int | None = None) -> list[R
     every = period(interval, target)
     low = round(target.width / 9) if rank is None else whole("rank", rank, 0)
     cached = Row(sites=f"C{target.sites}", reuse=Reuse("increment", rank=low))
-    return [Row(write=(f"increment({low})",)) if i % every == 0 else cached for i in range(target.steps)]
+    return [Row(write=(branch_slot(low),)) if i % every == 0 else cached for i in range(target.steps)]

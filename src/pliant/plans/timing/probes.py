@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pliant.compute import Compute, Gate, Merge, Pool, Reuse, Subset, TransformerShape
+from pliant.compute.reuse import branch_slot
 from pliant.compute.tokens import Pooled
 from pliant.plans.timing.curve import Curve
 
 RANK = 8
-INCREMENT = (f"increment({RANK})",)
+INCREMENT = (branch_slot(RANK),)
 """Of the timed corrections of kept branches."""
 HALF = 0.5
 """Share of the tokens in the timed calls with fewer."""
