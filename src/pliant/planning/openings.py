@@ -14,7 +14,7 @@ from pliant.planning.plan_space import Menu
 from pliant.planning.task import Task
 from pliant.plans import Plan, Step
 from pliant.plans.guiding import computed_every
-from pliant.plans.plan import Times
+from pliant.plans.times import Times
 from pliant.solvers import Solver
 
 Layout: TypeAlias = Callable[[int], Plan]

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from pliant.adapters.width import DynamicDiT
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError, PliantError, suggest
 from pliant.files import write_json
 from pliant.guidance import Guidance
-from pliant.models.precision import check_precision
-from pliant.paths import Path, make_grid, path_from_config
-from pliant.paths.levels import resolution_shift
-from pliant.plans.calls import calls_of, check_references, check_reuse, reuses
+from pliant.paths import Path, path_from_config
+from pliant.plans.calls import check_references, check_reuse, reuses
+from pliant.plans.checks import check_step
 from pliant.plans.cost import PlanCost, plan_cost
 from pliant.plans.refining import check_refining
-from pliant.plans.regions import check_tokens
+from pliant.plans.times import Times
 from pliant.solvers import Program, Solver, SolverLike, compile_program, get_solver
 
 if TYPE_CHECKING:
@@ -33,9 +27,6 @@ if TYPE_CHECKING:
     from pliant.plans.timing import Throughput
 
 FORMAT, VERSION = "pliant-plan", 1
-
-Times: TypeAlias = Tensor | Sequence[float] | str | Mapping[str, Any] | None
-"""House times, or the name or options of a grid, or the default."""
 
 
 @dataclass(frozen=True)
@@ -287,107 +278,6 @@ class Plan:
         """12 hex digits of what the plan does (not of where it came from): equal digests sample equally."""
         content = {k: v for k, v in self.to_dict().items() if k != "provenance"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def check_step(step: Step, model: Denoiser) -> None:
-    """Raise a PliantError unless the model can run this step's calls."""
-    model.patch_of(step.compute)
-    model.exit_of(step.compute)
-    for call in calls_of(step):
-        own = call.model(model)
-        own.patch_of(call.compute)
-        own.exit_of(call.compute)
-        shape = own.shape(call.compute)  # a smaller grid may not exist
-        check_precision(call.compute.precision, shape.depth)
-        _check_network(call.compute, own)
-    check_tokens(calls_of(step), model)
-    if step.guidance is not None:
-        check_guidance(step.guidance, step.compute, model)
-
-
-def _check_network(compute: Compute, model: Denoiser) -> None:
-    """Raise PlanError where this kind of network cannot do what a compute asks for."""
-    if isinstance(model.network, DynamicDiT) and not (compute.plain and compute.scale is None):
-        raise PlanError("sites, caches, token subsets and scales do not work on a network with routed width")
-    if compute.has_increments and compute.precision == "int8d":
-        raise PlanError("increments are corrected with parts of the weights, which precision 'int8d' lacks; use 'bf16'")
-    model.core.check_compute(compute)
-
-
-def check_guidance(guidance: Guidance, compute: Compute, model: Denoiser) -> None:
-    """Raise a PliantError unless this guidance means something for calls with `compute`."""
-    channels = guidance.channels
-    if channels is not None and channels > model.config.in_channels:
-        raise PlanError(f"guidance asks for {channels} channels, the model has {model.config.in_channels}")
-    if guidance.rule.space == "sample" and model.prediction == "score":
-        raise PlanError("this guidance rule works on clean-data estimates; use another prediction than 'score'")
-    if guidance.still and model.prediction != "velocity":
-        raise PlanError(f"a still step predicts zero velocity; this model predicts {model.prediction!r}")
-    if not guidance.called:
-        return
-    reference = guidance.compute or compute
-    if guidance.against == "guide":
-        return
-    scaled = reference.scale is not None or compute.scale is not None
-    if scaled and model.flops(reference) > model.flops(compute):
-        raise PlanError("the guidance call costs more than the conditional one; guidance compares with a weaker call")
-    patch, leave = model.patch_of(compute), model.exit_of(compute)
-    coarser, earlier = model.patch_of(reference), model.exit_of(reference)
-    if math.prod(coarser) < math.prod(patch):
-        raise PlanError(
-            f"the guidance call uses patch {coarser}, finer than the conditional call's {patch}; "
-            f"guidance compares with an equal or weaker call"
-        )
-    if leave is not None and (earlier is None or earlier > leave):
-        raise PlanError(
-            f"the guidance call runs deeper than the conditional call, which leaves after {leave} blocks; "
-            f"guidance compares with an equal or weaker call"
-        )
-    if guidance.against == "null":
-        _ = model.null_label
-    elif replace(reference, merged=compute.merged, patch=coarser) == replace(compute, patch=patch):
-        raise PlanError("weak-model guidance with a call as strong as the conditional one guides nowhere")
-
-
-def make_times(model: Denoiser, steps: int, times: Times) -> list[float]:
-    """The grid a preset uses: the given one, or the path's default for `steps`.
-
-    For a network from another path, a grid that is made here keeps to that network's noise where the grid can.
-    """
-    if times is not None and not isinstance(times, str | Mapping):
-        given: list[float] = torch.as_tensor(times, dtype=torch.float64).tolist()
-        if len(given) != steps + 1:
-            raise PlanError(f"{steps} steps need {steps + 1} times, got {len(given)}")
-        return given
-    options = {"name": times} if isinstance(times, str) else dict(times or {"name": "default"})
-    if options.get("name") == "resolution":
-        options = resolution_grid(model, options)
-    grid: list[float] = make_grid(model.path, steps, options, model.known_noise).tolist()
-    return grid
-
-
-def resolution_grid(model: Denoiser, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The grid "resolution": "shifted" by `sqrt(pixels / base_pixels)` for the model's size (SD3's, sheet B, 3).
-
-    base_pixels: size of states that need no shift; by default the largest of training. Larger states spend more steps
-    near noise, smaller ones fewer. Raises PlanError for another option.
-    """
-    given = {k: v for k, v in options.items() if k not in ("name", "base_pixels")}
-    if given:
-        raise PlanError(f"the grid 'resolution' has one option, base_pixels; not {min(given)!r}")
-    base = int(options.get("base_pixels", model.core.reference_pixels))
-    return {"name": "shifted", "shift": resolution_shift(math.prod(model.sample_size), base)}
-
-
-def how_timed(model: Denoiser, times: Times, grid: Sequence[float]) -> dict[str, Any]:
-    """Provenance of a grid: its name if it has one, and the starts of steps where the network's noise was clipped."""
-    found: dict[str, Any] = {}
-    if isinstance(times, str | Mapping):
-        found["times"] = times if isinstance(times, str) else dict(times)
-    matched = model.match(torch.tensor(grid[:-1], dtype=torch.float64))
-    if matched is not None and bool(matched.clipped.any()):
-        found["clipped"] = [t for t, clipped in zip(grid, matched.clipped.tolist(), strict=False) if clipped]
-    return found
 
 
 def made_for(model: Denoiser) -> dict[str, Any]:

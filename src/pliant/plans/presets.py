@@ -12,7 +12,8 @@ from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.guidance import Guidance, weak_scale
 from pliant.plans.budget import Budget, parse_budget
-from pliant.plans.plan import Plan, Step, Times, how_timed, made_for, make_times
+from pliant.plans.plan import Plan, Step, made_for
+from pliant.plans.times import Times, how_timed, make_times
 from pliant.solvers import SolverLike, get_solver
 
 
