@@ -36,3 +36,4 @@ def main(files: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    torch.distributed.destroy_process_group()  # as `pliant` does: threads still running at exit abort the interpreter
