@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "pliant"
 
 FLOORS = (
-    {"allocator", "errors", "files", "imaging", "mappings", "pictures"},
+    {"allocator", "errors", "files", "imaging", "mappings", "pictures", "processes"},
     {"paths", "compute"},
     {"solvers", "models"},
     {"adapters", "formats", "denoiser", "guidance"},

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from pliant.processes import end_process
 from pliant.training import parse_config, trainer
 
 
@@ -36,4 +37,4 @@ def main(files: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    torch.distributed.destroy_process_group()  # as `pliant` does: threads still running at exit abort the interpreter
+    end_process()

@@ -1,5 +1,3 @@
-import sys
+from pliant.cli.main import program
 
-from pliant.cli.main import main
-
-sys.exit(main())
+program()

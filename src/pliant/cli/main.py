@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -32,6 +32,7 @@ from pliant.cli import (
 )
 from pliant.cli.console import complain, listen_to_logs
 from pliant.errors import PliantError
+from pliant.processes import end_process, in_group
 
 # Typer carries its own click in some versions and imports it in others; this is the one it raises.
 _ClickException: type[Exception] = next(
@@ -94,18 +95,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output is gone (`pliant info ... | head`); what is buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    finally:
-        _leave_the_others()
     if result == 130:
         sys.stderr.write("interrupted\n")
     return result if isinstance(result, int) else 0
 
 
-def _leave_the_others() -> None:
-    """Leave a group of processes, if this one is in it: its threads, still running at exit, abort the interpreter."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+def program() -> NoReturn:
+    """`pliant` as a process of its own: `main`, then the end."""
+    try:
+        code = main()
+    except Exception:
+        if not in_group():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    end_process(code)
 
 
 def _usage_message(error: Exception) -> str:
