@@ -19,6 +19,7 @@ def test_a_search_writes_plan_journal_and_evidence(flexible: Path, tmp_path: Pat
     report = done.json
     assert report["search"]["planner"] == "s3" and report["search"]["settings"]["seed"] == 1
     assert report["digest"] == Plan.load(file).digest()
+    assert report["cost"]["of_budget_baseline"].endswith("of 6 full steps")
     journal = tmp_path / "plan.search.jsonl"
     lines = journal.read_text().splitlines()
     assert len(lines) > 3
@@ -75,3 +76,25 @@ def test_searches_that_make_no_sense(flexible: Path, run: Run, tmp_path: Path) -
     refused(run("plan", flexible, "--budget", "0.01%", "--search", "auto", "--time", "soon"), "cannot read the time")
     tiny = run("plan", flexible, "--budget", "0.01%", "--steps", 4, "--search", "auto", "--num", 20)
     refused(tiny, "below the cheapest plan")
+
+
+def test_sample_searches_when_asked(flexible: Path, tmp_path: Path, run: Run) -> None:
+    options = ("--class", 1, "--budget", "50%", "--steps", 6, "--search", "oss", "--json")
+    done = run("sample", flexible, *options, "-o", tmp_path / "a.png")
+    assert done.code == 0, done.err
+    report = done.json
+    assert report["search"]["planner"] == "oss" and report["search"]["quality"]["samples"] > 0
+    found = run("plan", flexible, *options[2:], "-o", tmp_path / "plan.json").json
+    assert found["digest"] == report["plan_digest"]
+    assert run("sample", "--replay", tmp_path / "a.png", "-o", tmp_path / "b.png", "--json").json["identical"]
+
+
+def test_sample_s_searches_that_make_no_sense(flexible: Path, tmp_path: Path, run: Run) -> None:
+    out = ("-o", tmp_path / "a.png")
+    refused(run("sample", flexible, "--search", "auto", *out), "needs a budget")
+    refused(run("sample", flexible, "--time", "5s", *out), "--time belongs to a search")
+    both = ("--budget", "50%", "--search", "oss", "--plan", tmp_path / "plan.json")
+    refused(run("sample", flexible, *both, *out), "leave out --search, or --plan")
+    refused(run("sample", flexible, "--budget", "50%", "--search", "oss", "--cache", "fora", *out), "--cache")
+    refused(run("sample", "--replay", tmp_path / "a.png", "--search", "oss"), "leave out --search")
+    assert not (tmp_path / "a.png").exists()

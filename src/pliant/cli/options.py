@@ -134,3 +134,10 @@ PrecisionName = Annotated[
         show_default=False,
     ),
 ]
+SearchName = Annotated[
+    str | None,
+    typer.Option("--search", metavar="PLANNER", help="Search for the plan: auto, s3, oss, ...", show_default=False),
+]
+SearchTime = Annotated[
+    str | None, typer.Option("--time", help="How long a search may take: 90s, 5min.", show_default=False)
+]

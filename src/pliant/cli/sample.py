@@ -13,6 +13,7 @@ from pliant.cli import options as opt
 from pliant.cli.console import emit_json, progress
 from pliant.cli.option_groups import grouped
 from pliant.cli.planning import PlanOptions, cost_facts, own_precision, plan_from, with_precision
+from pliant.cli.searching import SearchOptions, search_facts, searched
 from pliant.errors import ConfigError, PliantError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   pliant sample digits --budget 60% --steps 20 -o digits.png
+  pliant sample digits --budget 10% --search auto --time 2min      'pliant plan' keeps what it finds in a file
   pliant sample digits --class 3 --class 7 --num 16 --seed 5 -o threes-and-sevens.png
   pliant sample facebook/DiT-XL-2-256 --class "golden retriever" --guidance 4 --decode stabilityai/sd-vae-ft-ema
   pliant sample digits --plan plan.json --num 500 -o samples/        one PNG per image
@@ -73,6 +75,8 @@ def sample(
     replay: Annotated[Path | None, typer.Option("--replay", help="Make this PNG of Pliant again and compare.")] = None,
     plan: opt.PlanFile = None,
     choices: PlanOptions = PlanOptions(),  # noqa: B008, a frozen value
+    search: opt.SearchName = None,
+    search_time: opt.SearchTime = None,
     size: opt.StateSize = None,
     extrapolation: opt.Extrapolation = None,
     batch_size: opt.BatchSize = 16,
@@ -87,7 +91,8 @@ def sample(
     Image k has seed SEED + k and is the same alone, in a batch and on another day.
     """
     if replay is not None:
-        given = (("--plan", plan), ("--class", classes), ("--size", size), ("--extrapolation", extrapolation))
+        given = (("--plan", plan), ("--class", classes), ("--size", size), ("--extrapolation", extrapolation),
+                 ("--search", search), ("--time", search_time))  # fmt: skip
         ignored = [*(name for name, value in given if value), *choices.given()]
         if ignored:
             raise ConfigError(f"--replay takes everything from the picture: leave out {ignored[0]}")
@@ -101,12 +106,17 @@ def sample(
     from pliant.cli.recipe import run_recipe
     from pliant.cli.sizes import at_size
 
+    wanted = SearchOptions(search, search_time)
+    wanted.check(choices.budget, choices, None)
+    if search is not None and plan is not None:
+        raise ConfigError("a plan file decides everything: leave out --search, or --plan")
     opened = open_model(model, format, option, device)
     opened = replace(opened, denoiser=at_size(opened.denoiser, size, extrapolation, decode))
     denoiser = opened.denoiser
-    chosen = plan_from(plan, denoiser, choices)
     labels, distinct = choose_classes(classes, num, denoiser)
     out = _target(out, opened, decode)
+    found = None if search is None else searched(denoiser, choices, wanted, None)
+    chosen = plan_from(plan, denoiser, choices) if found is None else found.plan
     decoder = _open_decoder(decode, opened) if decode and out.suffix != ".safetensors" else None
     pinned = own_precision(denoiser)
     recipe = run_recipe(
@@ -129,8 +139,11 @@ def sample(
         "plan_digest": chosen.digest(),
         "cost": cost_facts(chosen, denoiser),
         "precision": pinned,
+        **({} if found is None else {"search": search_facts(found)}),
         "samples": recipe.shown(),
     }
+    if found is not None and not json:
+        print(found.headline())
     _report(report, json)
 
 

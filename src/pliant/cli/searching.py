@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pliant.cli import options as opt
 from pliant.cli.console import emit_json, note, progress_saying
 from pliant.cli.planning import STEPS, PlanOptions, ready_budget
 from pliant.errors import ConfigError
@@ -24,13 +25,8 @@ ALLOWED = {"--budget", "--steps", "--guidance", "--throughput"}
 class SearchOptions:
     """As typed; None where nothing was typed. One parameter of a command stands for all (`grouped`)."""
 
-    planner: Annotated[
-        str | None,
-        typer.Option("--search", metavar="PLANNER", help="Search for the plan: auto, s3, oss, ...", show_default=False),
-    ] = None
-    time: Annotated[
-        str | None, typer.Option("--time", help="How long a search may take: 90s, 5min.", show_default=False)
-    ] = None
+    planner: opt.SearchName = None
+    time: opt.SearchTime = None
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the search.  [default: 0]")] = None
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the search whose journal lies beside the plan file.")

@@ -18,7 +18,7 @@ from pliant.planning.evolution import Evolved, Rules, Screen, Space, evolve
 from pliant.planning.journal import Journal
 from pliant.planning.objective import Objective, Score
 from pliant.planning.relative import RelativeObjective
-from pliant.planning.result import PlanResult, confirm
+from pliant.planning.result import PlanResult, confirm, measured_against
 from pliant.planning.task import Task
 from pliant.plans import Plan
 
@@ -232,5 +232,8 @@ def _confirmed(
     kept = {plan.digest() for plan in keep}
     raced = ranked[:RACED]
     raced += [c for c in ranked[RACED:] if c.plan.digest() in kept][:1]
-    results = [replace(found, plan=c.plan, cost=c.cost, quality=c.score) for c in raced]
+    full = task.full()
+    results = [
+        replace(found, plan=measured_against(c.plan, full, task.model), cost=c.cost, quality=c.score) for c in raced
+    ]
     return confirm(results, task.model, Recalled(objective.on_fresh_seeds(), journal), task.progress)
