@@ -68,6 +68,7 @@ class GateMemory:
 
     def learn(self, x: Tensor, out: Tensor, places: Sequence[int]) -> None:
         """The gain and the last full call of the rows at these places, after it: x, out (len(places), C, H, W)."""
+        x, out = x.float(), out.float()  # a plan may change the precision between calls
         if self.full is None:
             total = len(self.rows)
             self.full = x.new_zeros(total, *x.shape[1:]), out.new_zeros(total, *out.shape[1:])
@@ -97,7 +98,7 @@ def decide(
     hit: list[bool] = []
     for row, change, total, can in zip(memory.rows, changes, totals, ready, strict=True):
         allowed = row.known and gate.allows(row.run, row.hits, row.seen)
-        if allowed and not gate.never_hits:
+        if allowed and not gate.never_hits and not math.isnan(change):
             row.seen += change
         hit.append(allowed and can and gate.passes(total))
     if voters is not None:

@@ -61,6 +61,8 @@ class Reuse:
             raise ConfigError(f"reuse has order {self.order!r}; forecasts of order 0 to {most} exist")
         if (self.fit is not None) != (self.basis == "chebyshev"):
             raise ConfigError("reuse takes a fit with the basis 'chebyshev', and only with it")
+        if self.basis == "chebyshev" and self.on != "step":
+            raise ConfigError(f"reuse with the basis 'chebyshev' runs on the clock 'step', not {self.on!r}")
         if (self.rank is not None) != (self.kind == "increment"):
             raise ConfigError("reuse takes a rank with the kind 'increment', and only with it")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 0 or self.order):
@@ -99,11 +101,21 @@ def forecast_weights(
 
     Newton's form is the polynomial through all nodes. Taylor's form uses recursive backward differences, each divided
     by the newest gap, as if they were derivatives at the newest node (TaylorSeer, arXiv 2503.06923). chebyshev: `fit`.
+    Clocks of time and log-SNR have nodes that polynomials cannot tell apart, such as the end of a Heun step and the
+    start of the next: the newest of them counts. Nor can they use one at an infinite log-SNR (pure noise, clean data):
+    it has no weight, as in the limit. A forecast for such a moment is the newest value.
     """
+    usable = _usable(nodes)
+    if math.isinf(at):
+        usable = usable[:1]
+    if len(usable) < len(nodes) and fit is None:
+        few = forecast_weights(at, [nodes[j] for j in usable], basis) if len(usable) > 1 else (1.0,)
+        weights = [0.0] * len(nodes)
+        for j, weight in zip(usable, few, strict=True):
+            weights[j] = weight
+        return tuple(weights)
     if fit is not None:
-        few = nodes[:3]
-        local = _polynomial(at, few)
-        return chebyshev_weights(at, nodes, fit, local)
+        return chebyshev_weights(at, nodes, fit, _polynomial(at, nodes[:3]))
     if basis == "newton":
         return _polynomial(at, nodes)
     weights = [0.0] * len(nodes)
@@ -120,6 +132,15 @@ def forecast_weights(
         ]
         factor *= (at - nodes[0]) / (order + 1)
     return tuple(weights)
+
+
+def _usable(nodes: Sequence[float]) -> list[int]:
+    """Which nodes are distinct and finite, newest first; where none is finite the newest."""
+    found: list[int] = []
+    for j, node in enumerate(nodes):
+        if math.isfinite(node) and all(node != nodes[k] for k in found):
+            found.append(j)
+    return found or [0]
 
 
 def _polynomial(at: float, nodes: Sequence[float]) -> tuple[float, ...]:

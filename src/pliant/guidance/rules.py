@@ -89,7 +89,7 @@ class Projected:
     def combine(self, conditional: Tensor, reference: Tensor, scale: float, memory: Memory) -> Tensor:
         d = conditional - reference
         if self.momentum:
-            if memory.momentum is not None:
+            if memory.momentum is not None and memory.momentum.shape == d.shape:  # begins anew with other channels
                 d = d + self.momentum * memory.momentum
             memory.momentum = d
         if self.norm is not None:

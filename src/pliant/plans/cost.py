@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pliant.compute import MATMUL, Compute, Convention
 from pliant.denoiser import Denoiser
 from pliant.guidance import Guidance
-from pliant.plans.calls import evaluation_calls
+from pliant.plans.calls import calls_of, evaluation_calls
 
 if TYPE_CHECKING:
     from pliant.plans.memory import Memory
@@ -108,22 +108,21 @@ def plan_cost(
     full = model.flops(Compute(), convention)
     step_flops = [0] * len(plan.steps)
     saved = 0
+    seen: set[Hashable] = set()
     for evaluation in plan.program(model).evaluations:
         s, t = plan.steps[evaluation.step], evaluation.node.t
-        most = call_flops(model, s.compute, s.guidance, convention, t=t)
-        step_flops[evaluation.step] += most
-        if s.compute.gate is None:
-            saved += most - call_flops(model, s.compute, s.guidance, convention, hit=True, t=t)
-    seen: set[Hashable] = set()
-    for n, s in zip(counts, plan.steps, strict=True):
-        gate = s.compute.gate
-        if gate is not None:
-            most = call_flops(model, s.compute, s.guidance, convention)
-            least = call_flops(model, s.compute, s.guidance, convention, hit=True)
-            # The first call of all that share a memory has nothing to compare with.
-            may = 0 if gate.never_hits else n - (gate.memory not in seen)
-            saved += may * (most - least)
-            seen.add(gate.memory)
+        for call in calls_of(s):
+            own, compute, gate = call.model(model), call.compute, call.compute.gate
+            most = own.flops(compute, convention, t)
+            step_flops[evaluation.step] += len(call.streams) * most
+            if gate is not None:
+                # The first call of all that share a memory has nothing to compare with.
+                memory = gate.memory, call.streams, own.patch_of(compute), own.exit_of(compute), compute.scale
+                first = memory not in seen
+                seen.add(memory)
+                if gate.never_hits or first:
+                    continue
+            saved += len(call.streams) * (most - own.least_flops(compute, convention, t))
     streams = [
         n * sum(len(call.streams) for call in evaluation_calls(s.compute, s.guidance))
         for n, s in zip(counts, plan.steps, strict=True)

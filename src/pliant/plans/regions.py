@@ -54,6 +54,8 @@ def check_tokens(calls: Sequence[Call], model: Denoiser) -> None:
                 raise PlanError("tokens are chosen by 'router', but this model has no token routers; see route_tokens")
             if own.patch_of(call.compute) != own.config.patch_size:
                 raise PlanError("token routers are for the model's own patch size; leave out patch")
+        if regional(tokens) and scale is not None:
+            raise PlanError("a subset of tokens is chosen on the state's own grid; leave out the scale")
         if regional(tokens) and tokens != calls[0].compute.tokens:
             raise PlanError("guidance's reference asks for another subset of tokens than the conditional call")
 

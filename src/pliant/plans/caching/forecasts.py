@@ -71,7 +71,7 @@ def spectrum(
     first = warm("warmup", whole("warmup", warmup), target)
     window, growth = number("window", window, 1), number("growth", growth)
     keep = whole("keep", keep, 1, MAX_WINDOW)
-    fit = Chebyshev(float(target.steps), degree, ridge, blend, about)
+    fit = Chebyshev(float(target.calls or target.steps), degree, ridge, blend, about)
     if math.floor(window) > target.steps - first:
         raise PlanError(f"window is {window:g}: none of the {target.steps - first} steps after the warm-up is full")
     rows: list[Row] = []

@@ -57,12 +57,18 @@ def calibrate_learning_to_cache(
 
     Every site of an odd step gets a score w = sigmoid(.) and puts out `w f_now + (1 - w) f_kept` (before its gate);
     Adam lowers `|routed output - full output|^2 / |full output|^2 + penalty * sum of scores`. A site runs iff its
-    score ends above `threshold`. Relative to the output, so that a penalty means the same on every model.
+    score ends above `threshold`. Relative to the output, so that a penalty means the same on every model. All sites run
+    where the step before is on another token grid, or one of the two calls no network.
     """
     number("penalty", penalty), number("threshold", threshold, 0, 1), whole("iterations", iterations)
-    steps = watch(plan, model, cond, seeds)
-    routers, errors = {}, {}
-    for full, cheap in zip(steps[::2], steps[1::2], strict=False):
+    seen = {step.step: step for step in watch(plan, model, cond, seeds)}
+    routers: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    for i in range(1, len(plan.steps), 2):
+        full, cheap = seen.get(i - 1), seen.get(i)
+        if full is None or cheap is None or full.grid != cheap.grid:
+            routers[str(i)] = f"R{2 * model.shape(plan.steps[i].compute).depth}"
+            continue
         scores, error = _learn(full, cheap, penalty, iterations, lr)
         routers[str(cheap.step)] = format_sites("".join("R" if w > threshold else "C" for w in scores))
         errors[str(cheap.step)] = error
@@ -104,7 +110,7 @@ def _routed(seen: Seen, kept: Sequence[Tensor], scores: Tensor) -> Tensor:
     for s, old in enumerate(kept):
         now = seen.sites.inner(s, seen.sites.norm(s, state, seen.context), seen.context)[0]
         assert now is not None
-        state = seen.sites.add(s, state, (torch.lerp(old, now, scores[s].to(now.dtype)),), seen.context)
+        state = seen.sites.add(s, state, (torch.lerp(old.to(now.dtype), now, scores[s].to(now.dtype)),), seen.context)
     return seen.sites.head(state, seen.context)
 
 

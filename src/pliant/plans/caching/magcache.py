@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -78,12 +79,14 @@ def resampled(ratios: Sequence[float], steps: int) -> list[float]:
 def calibrate_magcache(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int]) -> Calibration:
     """ratios: one per step, the mean over tokens and samples of |residual| over |residual of the step before|.
 
-    Of the conditional stream, measured on the plan without caching.
+    Of the conditional stream, measured on the plan without caching. 1 where there is nothing to compare: at the first
+    step, after a switch of the token grid, and in steps without a network call.
     """
-    ratios: list[float] = []
-    before: torch.Tensor | None = None
-    for residual in residuals(plan, model, cond, seeds):
+    ratios = [1.0] * len(plan.steps)
+    before: tuple[Any, torch.Tensor] | None = None
+    for seen, residual in residuals(plan, model, cond, seeds):
         now = residual.float().norm(dim=-1)
-        ratios.append(1.0 if before is None else float((now / before.clamp_min(1e-12)).mean()))
-        before = now
+        if before is not None and before[0] == seen.grid:
+            ratios[seen.step] = float((now / before[1].clamp_min(1e-12)).mean())
+        before = seen.grid, now
     return Calibration({"ratios": ratios}, {})

@@ -38,6 +38,8 @@ class Seen:
     start: State
     """Before the first site, (B, N, D) each."""
     context: Any
+    grid: Any = None
+    """What its tokens are: patch size, exit and scale. Steps of different ones cannot be compared."""
 
     def end(self) -> State:
         """After the last site."""
@@ -91,14 +93,16 @@ def watch(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int]
     found: dict[int, Seen] = {}
 
     def keep(evaluation: Eval, sites: SiteModel, start: State, context: Any) -> None:
-        found.setdefault(evaluation.step, Seen(evaluation.step, sites, start, context))
+        compute = plan.steps[evaluation.step].compute
+        grid = model.patch_of(compute), model.exit_of(compute), compute.scale
+        found.setdefault(evaluation.step, Seen(evaluation.step, sites, start, context, grid))
 
     run_plan(plan, model, cond, seeds, keep)
     return [found[i] for i in sorted(found)]
 
 
 @torch.no_grad()
-def residuals(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int]) -> Iterator[Tensor]:
-    """(B, N, D) per step: what all sites together add to the tokens."""
+def residuals(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int]) -> Iterator[tuple[Seen, Tensor]]:
+    """Every step that calls the network, and (B, N, D) what all sites together add to the tokens."""
     for seen in watch(plan, model, cond, seeds):
-        yield seen.end()[0] - seen.start[0]
+        yield seen, seen.end()[0] - seen.start[0]

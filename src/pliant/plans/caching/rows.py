@@ -49,6 +49,8 @@ class Target:
     """Of the states."""
     width: int = 1152
     """Features of a token; as a rule's paper has it where nobody says."""
+    calls: int | None = None
+    """Evaluations of all steps, on which forecasts' clock "step" runs; None: one per step."""
 
     @property
     def steps(self) -> int:
@@ -71,7 +73,9 @@ def target_of(plan: Plan, model: Denoiser) -> Target:
     depths = {model.shape(step.compute).depth for step in plan.steps}
     if len(depths) > 1:
         raise PlanError("the steps of this plan leave the network at different depths; caches need one depth")
-    return Target(tuple(step.t for step in plan.steps), 2 * depths.pop(), model.config.in_channels, model.config.width)
+    times = tuple(step.t for step in plan.steps)
+    calls = len(plan.program(model).evaluations)
+    return Target(times, 2 * depths.pop(), model.config.in_channels, model.config.width, calls)
 
 
 def apply_rows(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> Plan:
@@ -94,7 +98,7 @@ def repaired(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> list[Row]:
     grid: Any = None
     full = next((row for row in rows if row.write), PLAIN)
     for i, (step, row) in enumerate(zip(plan.steps, rows, strict=True)):
-        here = model.patch_of(step.compute), model.exit_of(step.compute)
+        here = model.patch_of(step.compute), model.exit_of(step.compute), step.compute.scale
         switched = grid is not None and here != grid
         grid = here
         if switched:
@@ -103,6 +107,8 @@ def repaired(plan: Plan, model: Denoiser, rows: Sequence[Row]) -> list[Row]:
         if not calls:  # a step that asks the network nothing
             fixed.append(PLAIN)
             continue
+        if step.compute.scale is not None and (isinstance(row.tokens, Subset) or "kv" in row.write):
+            row = PLAIN  # tokens are chosen on the state's own grid
         streams = calls[0].streams
         have = min(kept.get(stream, 0) for stream in streams)
         if row.write:

@@ -9,7 +9,7 @@ from pliant.compute import MATMUL, Convention, counted_flops
 from pliant.compute.cache import Decision, Streams
 from pliant.denoiser import Denoiser
 from pliant.plans.caching.measure import run_plan
-from pliant.plans.calls import calls_of
+from pliant.plans.calls import calls_in, calls_of
 from pliant.plans.plan import Plan
 from pliant.plans.sampling import Sampler
 
@@ -21,7 +21,7 @@ def spent_flops(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequenc
     """
     if isinstance(model.network, DynamicDiT):
         return counted_flops(lambda: Sampler(model, plan)(cond, seeds)) / len(seeds)
-    if all(s.compute.gate is None for s in plan.steps):
+    if all(call.compute.gate is None for call in calls_in(plan)):
         return plan.cost(model).flops
     return taken_flops(plan, model, run_plan(plan, model, cond, seeds).decisions)
 

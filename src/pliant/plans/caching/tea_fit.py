@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +20,17 @@ def calibrate_teacache(
     plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int], degree: int = 4
 ) -> Calibration:
     """polynomial: coefficients, highest power first. Least squares of the change of the last state by the change of the
-    first modulated input, per sample and pair of neighbouring steps of the plan without caching (both relative L1).
+    first modulated input, per sample and pair of neighbouring steps of the plan without caching (both relative L1), of
+    one token grid.
 
     "r2" says how much of the variance the fit explains, which in practice can be little.
     """
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
-    before: tuple[Tensor, Tensor] | None = None
+    before: tuple[Tensor, Tensor, Any] | None = None
     for seen in watch(plan, model, cond, seeds):
-        now = seen.sites.norm(0, seen.start, seen.context)[0], seen.end()[0]
-        if before is not None:
+        now = seen.sites.norm(0, seen.start, seen.context)[0], seen.end()[0], seen.grid
+        if before is not None and before[2] == now[2]:
             inputs.append(mean_change(now[0], before[0]) / mean_size(before[0]))
             outputs.append(mean_change(now[1], before[1]) / mean_size(before[1]))
         before = now
