@@ -11,14 +11,14 @@ import typer
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json, progress
 from pliant.cli.option_groups import grouped
-from pliant.cli.planning import PlanOptions, cost_facts, own_precision, plan_from
+from pliant.cli.planning import PlanOptions, cost_facts, own_precision, plan_from, plans_in
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pliant.cli.models import Opened
-    from pliant.plans import Plan
+    from pliant.plans import AnyPlan
 
 EXAMPLES = """\b
 Examples:
@@ -86,7 +86,7 @@ def evaluate(
     from pliant.evaluation import evaluate as run
     from pliant.evaluation import get_extractor, load_reference, save_reference
     from pliant.evaluation.processes import started
-    from pliant.plans import Sampler
+    from pliant.plans import Plan, RoutedSampler, Sampler
 
     processes = started()
     denoiser = (opened := open_model(model, format, option, device or processes.device)).denoiser
@@ -103,10 +103,12 @@ def evaluate(
     real = load_reference(reference, network, size=None if decoder else denoiser.image_shape[1:])
     if save is not None and processes.main:
         save_reference(save, real)
-    sampler, begun = Sampler(denoiser, chosen), time.perf_counter()
+    ready: Sampler | RoutedSampler
+    ready = Sampler(denoiser, chosen) if isinstance(chosen, Plan) else RoutedSampler(denoiser, chosen)
+    begun = time.perf_counter()
 
     def images(labels: Tensor, seeds: list[int]) -> Tensor:
-        drawn = sampler(labels, seeds)
+        drawn = ready(labels, seeds)
         return drawn if decoder is None else decoder(drawn)
 
     with progress("sampling") as advance:
@@ -141,26 +143,27 @@ def default_extractor(shape: tuple[int, int, int]) -> str:
     return {(1, 8, 8): "digits-classifier", (3, 32, 32): "cifar10-classifier"}.get(shape, "inception")
 
 
-def recipe_facts(opened: Opened, plan: Plan, decoder: str | None, batch_size: int) -> dict[str, Any]:
+def recipe_facts(opened: Opened, plan: AnyPlan, decoder: str | None, batch_size: int) -> dict[str, Any]:
     """What a reader must know of model and sampling; the evaluation adds extractor, reference, seeds and versions."""
     from pliant.cli.models import weights_hash
 
     denoiser = opened.denoiser
-    cost = plan.cost(denoiser)
-    guided = [s.guidance for s in plan.steps if s.guidance is not None]
+    cost, steps = plan.cost(denoiser), [s for one in plans_in(plan) for s in one.steps]
+    counts = sorted({len(one.steps) for one in plans_in(plan)})
+    guided = [s.guidance for s in steps if s.guidance is not None]
     return {
         "model": opened.name,
         "source": opened.source,
         "weights_sha256": weights_hash(denoiser),
         "plan": plan.digest(),
         "made_as": plan.provenance,
-        "solver": ", ".join(sorted({s.solver.name for s in plan.steps})),
-        "steps": len(plan.steps),
+        "solver": ", ".join(sorted({s.solver.name for s in steps})),
+        "steps": counts[0] if len(counts) == 1 else counts,
         "NFE": cost.evaluations,
         "network_calls": cost.calls,
-        "guidance": sorted({g.scale for g in guided} | ({1.0} if len(guided) < len(plan.steps) else set())),
+        "guidance": sorted({g.scale for g in guided} | ({1.0} if len(guided) < len(steps) else set())),
         "guided_channels": sorted({str(g.channels or "all") for g in guided}) or "none guided",
-        "precision": sorted({s.compute.precision or own_precision(denoiser) or "auto" for s in plan.steps}),
+        "precision": sorted({s.compute.precision or own_precision(denoiser) or "auto" for s in steps}),
         "GFLOP_per_image": cost.flops / 1e9,
         "share_of_full_compute": cost.share,
         "batch_size": batch_size,

@@ -124,6 +124,8 @@ def planner_names(planners: str | None, run: Run) -> list[str]:
     names = listed(planners)
     for name in names:
         get_planner(name)
+        if name == "router":
+            raise ConfigError("a frontier compares single plans, and router gives one per class: leave it out")
     return names
 
 
@@ -159,7 +161,7 @@ def planned_entries(
         }
         file = cache / f"planned-{name}-{_digest(asked)}.json"
         if file.exists():
-            entries.append(Entry("planner", name, text, PlanResult.load(file).plan))
+            entries.append(Entry("planner", name, text, PlanResult.load(file).single))
             continue
         try:
             with progress(f"planning: {name} {text}") as advance:
@@ -171,7 +173,7 @@ def planned_entries(
             skipped.append(Skipped(name, text, str(error)))
             continue
         result.save(file)
-        entries.append(Entry("planner", name, text, result.plan))
+        entries.append(Entry("planner", name, text, result.single))
     return entries, skipped
 
 

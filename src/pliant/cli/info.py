@@ -58,16 +58,19 @@ def _picture(file: Path, json: bool) -> None:
     if json:
         emit_json({"kind": "picture", "file": str(file), "size": list(pixels.shape[1:]), "recipe": data})
         return
-    from pliant.plans import Plan
+    from pliant.cli.planning import plans_in
+    from pliant.plans import read_plan
 
-    plan = Plan.from_dict(recipe.plan)
-    solver = ", ".join(sorted({s.solver.name for s in plan.steps}))
-    precision = ", ".join(sorted({s.compute.precision or "auto" for s in plan.steps}))
+    plan = read_plan(recipe.plan)
+    steps = [s for one in plans_in(plan) for s in one.steps]
+    counts = " or ".join(str(n) for n in sorted({len(one.steps) for one in plans_in(plan)}))
+    solver = ", ".join(sorted({s.solver.name for s in steps}))
+    precision = ", ".join(sorted({s.compute.precision or "auto" for s in steps}))
     made = ", ".join(f"{k} {v}" for k, v in recipe.software.items())
     print(f"{file}: {len(recipe.shows)} images in a picture of {size}")
     print(f"model      {recipe.model['name']} ({recipe.model['source']})")
     print(f"weights    sha256 {recipe.model['weights_sha256'][:16]}..., fingerprint {recipe.model['fingerprint']}")
-    print(f"plan       {plan.digest()}: {len(plan.steps)} steps, {solver}, {precision}")
+    print(f"plan       {plan.digest()}: {counts} steps, {solver}, {precision}")
     for image in recipe.shown()[:10]:
         print(f"image      class {image['class']} ({image['name']}), seed {image['seed']}")
     if len(recipe.shows) > 10:
@@ -78,9 +81,9 @@ def _picture(file: Path, json: bool) -> None:
 
 def _plan(file: Path, json: bool) -> None:
     from pliant.cli.plan import summary
-    from pliant.plans import Plan
+    from pliant.plans import load_plan
 
-    plan = Plan.load(file)
+    plan = load_plan(file)
     if json:
         emit_json({"kind": "plan", "file": str(file), "digest": plan.digest(), "plan": plan.to_dict()})
     else:

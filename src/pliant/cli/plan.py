@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,10 @@ from pliant.cli.option_groups import grouped
 from pliant.cli.planning import PlanOptions, cost_facts, plan_from, table_for
 from pliant.cli.searching import SearchOptions, list_all, search_facts, searched
 from pliant.errors import ConfigError, PliantError
+
+if TYPE_CHECKING:
+    from pliant.denoiser import Denoiser
+    from pliant.plans import AnyPlan, Plan
 
 FROZEN_ON = 8
 """Samples that decide what a frozen plan reuses: classes in turn, seeds 0, 1, ..."""
@@ -92,7 +96,7 @@ def plan(
         raise ConfigError("name a model to plan for, e.g. 'pliant plan digits --budget 60%'")
 
     from pliant.cli.models import open_model
-    from pliant.plans import parse_budget
+    from pliant.plans import Plan, parse_budget
 
     budget = choices.budget
     search.check(budget, choices, out)
@@ -101,6 +105,8 @@ def plan(
     made = plan_from(None, denoiser, choices) if found is None else found.plan
     batch = batch_size or (parse_budget(budget).batch if budget is not None else 1)
     if freeze:
+        if not isinstance(made, Plan):
+            raise ConfigError("--freeze writes down what one plan decides: leave it out where every class has its own")
         made = made.freeze(denoiser, [i % denoiser.num_classes for i in range(FROZEN_ON)])
     if out is not None:
         try:
@@ -115,7 +121,7 @@ def plan(
         return
     if found is not None:
         print(found.headline())
-    print(made.describe(denoiser, batch, table_for(denoiser, choices.throughput)))
+    print(described(made, denoiser, batch, choices.throughput))
     if out is not None:
         print(f"\n{out} written; run it with: pliant sample {model} --plan {out}")
 
@@ -132,30 +138,48 @@ def _show(
     device: str | None,
 ) -> None:
     from pliant.cli.models import open_model
-    from pliant.plans import Plan
+    from pliant.plans import load_plan
 
     extra = [*replace(choices, throughput=None).given(), *(["--out"] if out else [])]
     if extra:
         raise ConfigError(f"--show only describes a plan: leave out {extra[0]}")
-    loaded = Plan.load(file)
+    loaded = load_plan(file)
     denoiser = None if model is None else open_model(model, format, option, device or "cpu").denoiser
     table = None if denoiser is None else table_for(denoiser, choices.throughput)
     if json:
         cost = None if denoiser is None else cost_facts(loaded, denoiser, batch, table)
         emit_json({"file": str(file), "digest": loaded.digest(), "cost": cost, "plan": loaded.to_dict()})
     elif denoiser is not None:
-        print(loaded.describe(denoiser, batch, table))
+        print(described(loaded, denoiser, batch, choices.throughput))
     else:
         print(summary(file))
 
 
-def summary(file: Path) -> str:
-    """What a plan says, without a model to price it."""
-    from itertools import groupby
-
+def described(plan: AnyPlan, model: Denoiser, batch: int, throughput: Path | None) -> str:
+    """The table of a plan's steps, or of the plans that classes take."""
     from pliant.plans import Plan
 
-    loaded = Plan.load(file)
+    if isinstance(plan, Plan):
+        return plan.describe(model, batch, table_for(model, throughput))
+    return plan.describe(model)
+
+
+def summary(file: Path) -> str:
+    """What a plan file says, without a model to price it."""
+    from pliant.plans import Plan, load_plan
+
+    loaded = load_plan(file)
+    if isinstance(loaded, Plan):
+        return _summary(loaded, file)
+    lines = [f"routed plans {loaded.digest()}: {len(loaded.plans)}, for {len(loaded.table)} classes"]
+    for k, plan in enumerate(loaded.plans):
+        lines.append(f"  {plan.digest()}  {len(plan.steps)} steps  classes {loaded.classes_of(k)}")
+    return "\n".join([*lines, f"For their cost name the model: pliant plan MODEL --show {file}"])
+
+
+def _summary(loaded: Plan, file: Path) -> str:
+    from itertools import groupby
+
     made_for = f"{loaded.model.get('name') or 'model'} {loaded.model['fingerprint']}" if loaded.model else "any model"
     lines = [
         f"plan {loaded.digest()}: {len(loaded.steps)} steps, path {loaded.path.to_config()['name']}, for {made_for}",

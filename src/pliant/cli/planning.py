@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pliant.cli import options as opt
 from pliant.cli.console import note, progress
@@ -14,9 +15,10 @@ from pliant.errors import ConfigError
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
     from pliant.guidance import Guidance
-    from pliant.plans import Budget, Plan
+    from pliant.plans import AnyPlan, Budget, Plan, RoutedPlans
     from pliant.plans.timing import Throughput
 
+P = TypeVar("P", "Plan", "RoutedPlans", "AnyPlan")
 STEPS, SOLVER = 50, "dpmpp-2m"
 
 
@@ -97,7 +99,7 @@ def make_plan(model: Denoiser, options: PlanOptions) -> Plan:
                 f"full compute, {STEPS} steps, costs {budget.describe(whole, full, model)}, less than this budget: "
                 f"--steps asks for more steps"
             )
-        return known(model, budget, steps=STEPS, guidance=options.guidance).plan
+        return known(model, budget, steps=STEPS, guidance=options.guidance).single
     return made_plan(model, options)
 
 
@@ -197,12 +199,12 @@ def _guidance(options: PlanOptions) -> Guidance | None:
     return Guidance.cfg(float(options.guidance or 1.0), channels=options.guided_channels)
 
 
-def plan_from(file: Path | None, model: Denoiser, options: PlanOptions) -> Plan:
+def plan_from(file: Path | None, model: Denoiser, options: PlanOptions) -> AnyPlan:
     """The plan file if one is given (checked against the model), else a plan from the options. Raises PliantError.
 
     Without any option that decides about steps, a few-step model's own plan.
     """
-    from pliant.plans import Plan
+    from pliant.plans import Plan, load_plan
 
     if file is None:
         own = Plan.own(model) if not set(options.given()) - {"--precision", "--throughput"} else None
@@ -211,13 +213,24 @@ def plan_from(file: Path | None, model: Denoiser, options: PlanOptions) -> Plan:
         return own if options.precision is None else with_precision(own, options.precision)
     if options.given():
         raise ConfigError(f"a plan file decides everything: leave out {options.given()[0]}, or --plan")
-    plan = Plan.load(file)
+    plan = load_plan(file)
     plan.check(model)
     return plan
 
 
-def with_precision(plan: Plan, precision: str) -> Plan:
+def plans_in(plan: AnyPlan) -> tuple[Plan, ...]:
+    """A plan alone, or all that are routed to."""
+    from pliant.plans import Plan
+
+    return (plan,) if isinstance(plan, Plan) else plan.plans
+
+
+def with_precision(plan: P, precision: str) -> P:
     """The plan with the precision of every call that leaves it open set to `precision`."""
+    from pliant.plans import Plan
+
+    if not isinstance(plan, Plan):
+        return plan.with_plans(lambda one: with_precision(one, precision))
 
     def pinned(compute: Any) -> Any:
         # Checked by Compute, which names the known precisions.
@@ -253,16 +266,27 @@ def table_for(model: Denoiser, file: Path | None) -> Throughput | None:
 
 
 def cost_facts(
-    plan: Plan, model: Denoiser, batch: int | None = None, throughput: Throughput | None = None
+    plan: AnyPlan,
+    model: Denoiser,
+    batch: int | None = None,
+    throughput: Throughput | None = None,
+    classes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Exact cost of a plan, for JSON; batch: also its bytes, and its seconds where a table says them."""
+    """Exact cost of a plan, for JSON; batch: also its bytes, and its seconds where a table says them.
+
+    Of routed plans the mean over `classes`, by default all, and FLOPs alone.
+    """
     from pliant.errors import PlanError
+    from pliant.plans import Plan
     from pliant.plans.describe import baseline_share
 
-    try:
-        cost = plan.cost(model, batch, throughput)
-    except PlanError:  # the table was not measured on this plan's calls
-        cost = plan.cost(model, batch)
+    if not isinstance(plan, Plan):
+        cost = plan.cost(model, classes)
+    else:
+        try:
+            cost = plan.cost(model, batch, throughput)
+        except PlanError:  # the table was not measured on this plan's calls
+            cost = plan.cost(model, batch)
     facts: dict[str, Any] = {
         "flops_per_image": cost.flops,
         "full_flops_per_image": cost.full_flops,

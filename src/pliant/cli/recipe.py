@@ -11,7 +11,7 @@ from pliant.errors import DataError, suggest
 
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
-    from pliant.plans import Plan
+    from pliant.plans import AnyPlan
 
 FORMAT, VERSION = "pliant-recipe", 1
 
@@ -23,7 +23,7 @@ class Recipe:
     model: dict[str, Any]
     """name, source, format, options, fingerprint, weights_sha256."""
     plan: dict[str, Any]
-    """`Plan.to_dict()` with the precision pinned."""
+    """`to_dict()` of the plan, or of routed ones, with the precision pinned."""
     classes: tuple[int, ...]
     """Of the run, in order."""
     seeds: tuple[int, ...]
@@ -94,7 +94,7 @@ class Recipe:
 
 
 def run_recipe(
-    opened: Opened, plan: Plan, classes: list[int], seeds: list[int], batch_size: int, decoder: str | None
+    opened: Opened, plan: AnyPlan, classes: list[int], seeds: list[int], batch_size: int, decoder: str | None
 ) -> Recipe:
     """The recipe of a whole run, shown as a single picture of all images."""
     import PIL

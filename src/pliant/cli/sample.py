@@ -137,7 +137,7 @@ def sample(
         "seconds": time.perf_counter() - begun,
         "model": recipe.model,
         "plan_digest": chosen.digest(),
-        "cost": cost_facts(chosen, denoiser),
+        "cost": cost_facts(chosen, denoiser, classes=labels),
         "precision": pinned,
         **({} if found is None else {"search": search_facts(found)}),
         "samples": recipe.shown(),
@@ -192,9 +192,9 @@ def _write(recipe: Recipe, opened: Opened, decoder: Decode | None, out: Path, zo
     from pliant import imaging
     from pliant.cli import outputs
     from pliant.cli.sampling import run_batches
-    from pliant.plans import Plan
+    from pliant.plans import read_plan
 
-    denoiser, plan = opened.denoiser, Plan.from_dict(recipe.plan)
+    denoiser, plan = opened.denoiser, read_plan(recipe.plan)
     with progress("sampling") as advance:
         batches = run_batches(denoiser, plan, recipe.classes, recipe.seeds, recipe.batch_size, advance, decoder)
         try:

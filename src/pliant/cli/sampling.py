@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pliant.denoiser import Denoiser
-    from pliant.plans import Plan
+    from pliant.plans import AnyPlan
 
 Decode = Callable[["Tensor"], "Tensor"]
 
 
 def run_batches(
     model: Denoiser,
-    plan: Plan,
+    plan: AnyPlan,
     classes: tuple[int, ...],
     seeds: tuple[int, ...],
     batch_size: int,
@@ -28,12 +28,20 @@ def run_batches(
     decode: Decode | None = None,
 ) -> Iterator[Tensor]:
     """Samples in order, `batch_size` at a time: (B, C, H, W) on the CPU, decoded if there is a decoder."""
-    from pliant.plans import Sampler
+    from pliant.plans import Plan, RoutedSampler, Sampler
     from pliant.plans.sampling import check_labels
 
-    sampler = Sampler(model, plan)
     check_labels(list(classes), model)
     batches = range(0, len(classes), batch_size)
+    if not isinstance(plan, Plan):
+        routed = RoutedSampler(model, plan)
+        for number, start in enumerate(batches):
+            part = slice(start, start + batch_size)
+            found = routed(list(classes[part]), list(seeds[part]))
+            advance(number + 1, len(batches))
+            yield (found if decode is None else decode(found)).cpu()
+        return
+    sampler = Sampler(model, plan)
     total = len(batches) * len(plan.steps)
     for number, start in enumerate(batches):
         x = None
@@ -59,8 +67,8 @@ def run_pixels(recipe: Recipe, model: Denoiser, decode: Decode | None, advance: 
     """(N, C, H, W) uint8 of what the recipe shows."""
     import torch
 
-    from pliant.plans import Plan
+    from pliant.plans import read_plan
 
-    plan = Plan.from_dict(recipe.plan)
+    plan = read_plan(recipe.plan)
     batches = run_batches(model, plan, recipe.classes, recipe.seeds, recipe.batch_size, advance, decode)
     return imaging.to_pixels(torch.cat(list(batches)))[list(recipe.shows)]

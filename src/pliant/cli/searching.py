@@ -111,7 +111,7 @@ def _objective(model: Denoiser, request: SearchOptions, choices: PlanOptions) ->
     from pliant.cli.evaluate import default_extractor
     from pliant.evaluation import get_extractor, load_reference
     from pliant.planning import FrechetObjective, default_objective
-    from pliant.planning.planner import IMAGES
+    from pliant.planning.defaults import IMAGES
 
     if request.reference is None:
         if request.num is None:

@@ -1,8 +1,10 @@
 """Planners: from a budget to a plan, against one measured objective, all returning the same `PlanResult`."""
 
+from pliant.planning.closed_form import known
+from pliant.planning.defaults import default_objective
 from pliant.planning.distribution import FrechetObjective
 from pliant.planning.objective import LEVEL, Objective, Remembered, Score
-from pliant.planning.planner import default_objective, known, plan, search
+from pliant.planning.planner import plan, search
 from pliant.planning.proxies import SampleError, TrajectoryError
 from pliant.planning.registry import PLANNERS, get_planner
 from pliant.planning.relative import PooledFeatures, RelativeObjective

@@ -21,7 +21,7 @@ from pliant.evaluation import (
 from pliant.evaluation.bootstrap import bootstrap_interval, normal_interval, spread
 from pliant.planning.objective import LEVEL, Remembered, Score
 from pliant.planning.teacher import labels_of
-from pliant.plans import Plan, sample
+from pliant.plans import AnyPlan, sample
 
 FRESH = 1_000_000_000
 """Where the seeds of confirmations begin: no planner draws there."""
@@ -75,7 +75,7 @@ class FrechetObjective(Remembered):
         first = FRESH + repeat * num
         return FrechetObjective(self.model, self.reference, self.extractor, num, first, self.batch, self.decode)
 
-    def features(self, plan: Plan) -> Tensor:
+    def features(self, plan: AnyPlan) -> Tensor:
         """(num, D) features of the plan's images, sampled when first needed."""
         key = plan.digest()
         if key not in self._features:
@@ -88,11 +88,11 @@ class FrechetObjective(Remembered):
             self._features[key] = torch.cat(parts)
         return self._features[key]
 
-    def measure(self, plan: Plan) -> Score:
+    def measure(self, plan: AnyPlan) -> Score:
         found = bootstrap_interval(self.features(plan), self.reference.statistics, LEVEL, groups=self.labels)
         return Score(found.value, max(0.0, found.low), found.high, self.num)
 
-    def difference(self, plan: Plan, other: Plan) -> Score:
+    def difference(self, plan: AnyPlan, other: AnyPlan) -> Score:
         """How much worse `plan` is than `other`; both are resampled alike, so what they share cancels.
 
         The 90 % interval excludes 0 where the difference is significant. Value and ends may be negative.

@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from pliant.plans import Plan
+from pliant.plans import AnyPlan
 
 LEVEL = 0.9
 """Probability that the intervals of scores cover."""
@@ -66,7 +66,7 @@ class Objective(Protocol):
         """JSON-ready facts for recipes: teacher, seeds, extractor, reference, ..."""
         ...
 
-    def __call__(self, plan: Plan) -> Score:
+    def __call__(self, plan: AnyPlan) -> Score:
         """Lower is better; the same plan always gets the same score. Raises PlanError if the plan cannot run."""
         ...
 
@@ -86,10 +86,10 @@ class Remembered(ABC):
     def describe(self) -> dict[str, Any]: ...
 
     @abstractmethod
-    def measure(self, plan: Plan) -> Score:
+    def measure(self, plan: AnyPlan) -> Score:
         """The score, computed."""
 
-    def __call__(self, plan: Plan) -> Score:
+    def __call__(self, plan: AnyPlan) -> Score:
         key = plan.digest()
         if key not in self._known:
             self._known[key] = self.measure(plan)

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError, suggest
-from pliant.evaluation import FeatureExtractor, get_extractor
+from pliant.planning.closed_form import known
+from pliant.planning.defaults import default_objective
 from pliant.planning.distribution import FRESH, FrechetObjective
 from pliant.planning.objective import Objective
-from pliant.planning.ready import ready
 from pliant.planning.registry import PLANNERS, get_planner
-from pliant.planning.relative import RelativeObjective
-from pliant.planning.result import PlanResult, Progress, confirm, measured_against
-from pliant.planning.task import Task
+from pliant.planning.result import PlanResult, Progress, confirm
 from pliant.plans import Budget, Plan
-
-IMAGES = 256
-"""Samples of the default measure."""
-EXTRACTORS = {(1, 8, 8): "digits-classifier", (3, 32, 32): "cifar10-classifier"}
 
 
 def search(
@@ -104,50 +97,12 @@ def plan(
         return _search(
             model, budget, search, time=time, seed=seed, steps=steps, guidance=guidance, objective=objective,
             journal=journal, progress=progress, **options,
-        ).plan  # fmt: skip
+        ).single  # fmt: skip
     given = [k for k, v in (("time", time), ("objective", objective), ("journal", journal)) if v is not None]
     given += list(options)
     if given:
         raise PlanError(f"{given[0]} belongs to a search: give search='auto', or leave it out")
-    return known(model, budget, steps=steps, guidance=guidance).plan
-
-
-def known(
-    model: Denoiser, budget: float | str | Budget, *, steps: int = 50, guidance: float | None = None
-) -> PlanResult:
-    """Without sampling anything: the plan found in advance, or the closed form (weak steps first, or fewer steps)."""
-    task = Task.begin("closed-form", model, budget, None, steps, guidance, 0, None)
-    found = ready(task)
-    if found is not None:
-        return replace(found, plan=measured_against(found.plan, task.full(), model))
-    return closed_form(task)
-
-
-def closed_form(task: Task) -> PlanResult:
-    """Weak steps first where the model has weak steps, else fewer steps: nothing is sampled, nothing is looked up."""
-    model, steps = task.model, task.steps
-    if len(model.patch_sizes) > 1:
-        return PLANNERS["weak-split"](model, task.budget, steps=steps, guidance=task.guidance)
-    task.consider(task.uniform(task.most_steps()))
-    return task.finish()
-
-
-def default_objective(
-    model: Denoiser, steps: int = 50, guidance: float | None = None, num: int = IMAGES, first_seed: int = 0
-) -> RelativeObjective:
-    """How far a plan's samples are from those of full compute, guidance and all, as distributions.
-
-    It keeps what the user asked for, and needs no data. To be nearer to data than full compute is, give a
-    `FrechetObjective` with a reference.
-    """
-    full = Plan.uniform(model, steps, guidance=guidance)
-    return RelativeObjective(model, full, default_extractor(model), num, first_seed)
-
-
-def default_extractor(model: Denoiser) -> FeatureExtractor | None:
-    """A trained extractor from the package for images of this size; None for others: `PooledFeatures`."""
-    name = next((name for shape, name in EXTRACTORS.items() if shape == tuple(model.sample_shape)), None)
-    return None if name is None else get_extractor(name)
+    return known(model, budget, steps=steps, guidance=guidance).single
 
 
 _UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "second": 1.0, "min": 60.0, "minute": 60.0, "h": 3600.0, "hour": 3600.0}

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from pliant.denoiser import Denoiser
+from pliant.errors import PlanError
 from pliant.planning.objective import Remembered, Score, mean_square_score
 from pliant.planning.teacher import TeacherSettings, Trajectories, labels_of, teacher_trajectories
-from pliant.plans import Plan, Sampler, sample
+from pliant.plans import AnyPlan, Plan, Sampler, sample
 from pliant.solvers import nodes_of
 
 
@@ -55,7 +56,7 @@ class SampleError(_AgainstTeacher):
         """The teacher's images (N, C, H, W), sampled when first needed."""
         return sample(self.model, self.teacher.plan(self.model), self._labels, self.seeds, 256)
 
-    def measure(self, plan: Plan) -> Score:
+    def measure(self, plan: AnyPlan) -> Score:
         found = sample(self.model, plan, self._labels, self.seeds, 256)
         return mean_square_score((found - self.targets).double().square().flatten(1).mean(1))
 
@@ -78,7 +79,9 @@ class TrajectoryError(_AgainstTeacher):
         """The teacher's, computed when first needed."""
         return teacher_trajectories(self.model, self.teacher.plan(self.model), self.seeds)
 
-    def measure(self, plan: Plan) -> Score:
+    def measure(self, plan: AnyPlan) -> Score:
+        if not isinstance(plan, Plan):
+            raise PlanError("one-step errors are those of one plan; measure routed plans by their samples")
         nodes = nodes_of(plan.path, plan.times)
         states = [self.trajectories.at(node) for node in nodes]
         squares = torch.zeros(len(self.seeds), dtype=torch.float64)

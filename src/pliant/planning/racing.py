@@ -20,7 +20,7 @@ from pliant.planning.objective import Objective, Score
 from pliant.planning.relative import RelativeObjective
 from pliant.planning.result import PlanResult, confirm, measured_against
 from pliant.planning.task import Task
-from pliant.plans import Plan
+from pliant.plans import AnyPlan, Plan
 
 SEARCH_SHARE = 0.7
 """Of the time: for the search; the rest is for finalists."""
@@ -204,7 +204,7 @@ class Recalled:
     def describe(self) -> dict[str, Any]:
         return self.objective.describe()
 
-    def __call__(self, plan: Plan) -> Score:
+    def __call__(self, plan: AnyPlan) -> Score:
         key = {"plan": plan.digest(), "by": self.describe()}
         entry = self.journal.get(key)
         if entry is None or entry.score is None:

@@ -22,7 +22,7 @@ def ready_results(model: Denoiser) -> list[PlanResult]:
     if not name or not folder.is_dir():
         return []
     found = [PlanResult.from_dict(json.loads(f.read_text(encoding="utf-8"))) for f in sorted(folder.glob("*.json"))]
-    return [r for r in found if r.plan.model.get("fingerprint") == model.fingerprint() and runs(r, model)]
+    return [r for r in found if r.single.model.get("fingerprint") == model.fingerprint() and runs(r, model)]
 
 
 def runs(result: PlanResult, model: Denoiser) -> bool:

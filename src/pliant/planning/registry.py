@@ -14,6 +14,7 @@ from pliant.planning.ld3 import ld3
 from pliant.planning.olss import olss
 from pliant.planning.oss import oss
 from pliant.planning.request import Planner
+from pliant.planning.router import router
 from pliant.planning.s3 import s3
 from pliant.planning.spectral import spectral
 from pliant.planning.weak_split import weak_split
@@ -31,6 +32,7 @@ PLANNERS: dict[str, Planner] = {
     "s3": s3,
     "autodiffusion": autodiffusion,
     "flexiffusion": flexiffusion,
+    "router": router,
     "auto": auto,
 }
 

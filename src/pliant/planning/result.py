@@ -6,14 +6,15 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeVar
 
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.files import write_json
 from pliant.planning.objective import Objective, Score
-from pliant.plans import Plan, PlanCost
+from pliant.plans import AnyPlan, Plan, PlanCost, RoutedPlans, read_plan
 
+P = TypeVar("P", Plan, RoutedPlans, AnyPlan)
 FORMAT, VERSION = "pliant-plan-result", 1
 
 Progress = Callable[[int, int, str], None]
@@ -24,7 +25,7 @@ Progress = Callable[[int, int, str], None]
 class Candidate:
     """A plan that was tried. score: None where the planner needed no measurement."""
 
-    plan: Plan
+    plan: AnyPlan
     cost: PlanCost
     score: Score | None = None
 
@@ -40,7 +41,7 @@ class Candidate:
         cost = {**data["cost"], "step_flops": tuple(data["cost"]["step_flops"])}
         score = data.get("score")
         worth = None if score is None else Score.from_dict(score)
-        return Candidate(Plan.from_dict(data["plan"]), PlanCost(**cost), worth)
+        return Candidate(read_plan(data["plan"]), PlanCost(**cost), worth)
 
 
 def frontier(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
@@ -59,7 +60,8 @@ def frontier(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
 class PlanResult:
     """The outcome of a planner. `plan.provenance["planner"]` says the same in short, in the plan's own file."""
 
-    plan: Plan
+    plan: AnyPlan
+    """Several, one per class, from planners that route."""
     cost: PlanCost
     quality: Score | None
     """Of `plan`, by `objective`; None for closed forms that measured nothing."""
@@ -72,6 +74,16 @@ class PlanResult:
     """Plans measured, or what the planner says it counted."""
     seconds: float = 0.0
     frontier: tuple[Candidate, ...] = ()
+
+    @property
+    def single(self) -> Plan:
+        """The plan. Raises PlanError where there are several, one per class."""
+        if not isinstance(self.plan, Plan):
+            raise PlanError(
+                f"planner {self.planner!r} found {len(self.plan.plans)} plans, one per class, where a single one is "
+                f"needed; `planning.search` and 'pliant plan --search' give them all"
+            )
+        return self.plan
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -129,7 +141,7 @@ class PlanResult:
         return f"{self.headline()}\n{self.plan.describe(model)}"
 
 
-def planned(plan: Plan, planner: str, objective: str, score: Score | None) -> Plan:
+def planned(plan: P, planner: str, objective: str, score: Score | None) -> P:
     """The plan with how it was found in its provenance."""
     found: dict[str, Any] = {"planner": planner, "objective": objective}
     if score is not None:
@@ -137,7 +149,7 @@ def planned(plan: Plan, planner: str, objective: str, score: Score | None) -> Pl
     return replace(plan, provenance={**plan.provenance, **found})
 
 
-def measured_against(plan: Plan, full: Plan, model: Denoiser) -> Plan:
+def measured_against(plan: P, full: Plan, model: Denoiser) -> P:
     """The plan with what its budget was a share of in its provenance: steps and FLOPs per image of full compute."""
     baseline = {"steps": len(full.steps), "flops": full.cost(model).flops}
     return replace(plan, provenance={**plan.provenance, "baseline": baseline})

@@ -14,7 +14,7 @@ from pliant.errors import PlanError
 from pliant.guidance import Guidance
 from pliant.planning.objective import Objective
 from pliant.planning.result import Candidate, PlanResult, Progress, frontier, measured_against, planned
-from pliant.plans import Budget, Plan, parse_budget
+from pliant.plans import AnyPlan, Budget, Plan, parse_budget
 from pliant.plans.presets import as_guidance
 from pliant.solvers import SolverLike
 
@@ -74,7 +74,7 @@ class Task:
         """The most that may be spent, in the budget's own unit."""
         return self.budget.limit(self.full(), self.model)
 
-    def fits(self, plan: Plan) -> bool:
+    def fits(self, plan: AnyPlan) -> bool:
         return self.budget.spent(plan, self.model) <= self.limit
 
     def most_steps(self, solver: SolverLike = "dpmpp-2m") -> int:
@@ -101,7 +101,7 @@ class Task:
             + (", or use a planner with weaker steps, such as 'weak-split'" if weaker else "")
         )
 
-    def consider(self, plan: Plan) -> Candidate:
+    def consider(self, plan: AnyPlan) -> Candidate:
         """Measure a plan if there is an objective, and keep it."""
         score = None if self.objective is None else self.objective(plan)
         candidate = Candidate(plan, plan.cost(self.model), score)

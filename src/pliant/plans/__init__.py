@@ -7,10 +7,11 @@ from pliant.plans.gradients import Gradients, differentiable_sample, sample_with
 from pliant.plans.mcmc import DenoisingMCMC, geometric_levels
 from pliant.plans.plan import Plan, Step
 from pliant.plans.presets import turbo, uniform, weak_to_powerful, weakest
-from pliant.plans.routed import RoutedPlans
-from pliant.plans.sampling import Sampler, sample, sample_steps
+from pliant.plans.routed import AnyPlan, RoutedPlans, load_plan, read_plan
+from pliant.plans.sampling import RoutedSampler, Sampler, sample, sample_steps
 
 __all__ = [
+    "AnyPlan",
     "Batcher",
     "Budget",
     "DenoisingMCMC",
@@ -20,12 +21,15 @@ __all__ = [
     "Progress",
     "Request",
     "RoutedPlans",
+    "RoutedSampler",
     "RunCost",
     "Sampler",
     "Step",
     "differentiable_sample",
     "geometric_levels",
+    "load_plan",
     "parse_budget",
+    "read_plan",
     "sample",
     "sample_steps",
     "sample_together",

@@ -15,6 +15,7 @@ from pliant.errors import PlanError
 
 if TYPE_CHECKING:
     from pliant.plans.plan import Plan
+    from pliant.plans.routed import AnyPlan
     from pliant.plans.timing import Prices, Throughput
 
 Unit: TypeAlias = Literal["share", "flops", "seconds"]
@@ -67,10 +68,14 @@ class Budget:
             return seconds_text(self.seconds) + (f" for {images_text(self.batch)}" if self.batch > 1 else "")
         return f"{self.flops / 1e9:g} GFLOP" if self.flops is not None else f"{100 * (self.share or 1.0):g}%"
 
-    def spent(self, plan: Plan, model: Denoiser) -> float:
+    def spent(self, plan: AnyPlan, model: Denoiser) -> float:
         """What a plan spends of this budget (at most, where gates decide): FLOPs per image, or seconds of the batch."""
         if self.seconds is None:
             return plan.cost(model).flops
+        from pliant.plans.plan import Plan
+
+        if not isinstance(plan, Plan):
+            raise PlanError("routed plans have no seconds before a batch is named; give a budget of FLOPs")
         plan.check(model)
         return self.prices(plan, model).plan(plan).seconds
 
@@ -81,7 +86,7 @@ class Budget:
             return self.seconds + SLACK * whole
         return (self.flops if self.flops is not None else (self.share or 1.0) * whole) + SLACK * whole
 
-    def fits(self, plan: Plan, full: Plan, model: Denoiser) -> bool:
+    def fits(self, plan: AnyPlan, full: Plan, model: Denoiser) -> bool:
         """Whether a plan keeps to this budget."""
         return self.spent(plan, model) <= self.limit(full, model)
 

@@ -14,6 +14,7 @@ from pliant.plans.budget import images_text, seconds_text
 
 if TYPE_CHECKING:
     from pliant.plans.plan import Plan
+    from pliant.plans.routed import AnyPlan
     from pliant.plans.timing import Throughput
 
 
@@ -103,10 +104,12 @@ def describe(plan: Plan, model: Denoiser, batch: int = 1, throughput: Throughput
     return "\n".join(lines)
 
 
-def baseline_share(plan: Plan, flops: int) -> str | None:
+def baseline_share(plan: AnyPlan, flops: int) -> str | None:
     """`4.9% of 50 full steps`: of what the plan's budget was a share of, where that is not its own number of steps."""
     baseline = plan.provenance.get("baseline")
-    if not baseline or baseline["steps"] == len(plan.steps):
+    from pliant.plans.plan import Plan
+
+    if not baseline or (isinstance(plan, Plan) and baseline["steps"] == len(plan.steps)):
         return None
     return f"{flops / baseline['flops']:.1%} of {baseline['steps']} full steps"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pliant.compute import Compute
 from pliant.denoiser import Denoiser
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pliant.plans.budget import Budget
     from pliant.plans.timing import Throughput
 
+T = TypeVar("T")
 FORMAT, VERSION = "pliant-plan", 1
 
 
@@ -263,21 +264,26 @@ class Plan:
     @staticmethod
     def load(file: str | FilePath) -> Plan:
         """Read a plan file. Raises PlanError if it is missing, not JSON, or not a plan."""
-        try:
-            data = json.loads(FilePath(file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise PlanError(f"plan file {file} does not exist; make one with 'pliant plan'") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PlanError(f"plan file {file} is not readable JSON ({error})") from None
-        try:
-            return Plan.from_dict(data)
-        except PliantError as error:
-            raise PlanError(f"{file}: {error}") from None
+        return from_file(file, Plan.from_dict)
 
     def digest(self) -> str:
         """12 hex digits of what the plan does (not of where it came from): equal digests sample equally."""
         content = {k: v for k, v in self.to_dict().items() if k != "provenance"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def from_file(file: str | FilePath, read: Callable[[Any], T]) -> T:
+    """What `read` makes of a JSON file. Raises PlanError, naming the file."""
+    try:
+        data = json.loads(FilePath(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"plan file {file} does not exist; make one with 'pliant plan'") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanError(f"plan file {file} is not readable JSON ({error})") from None
+    try:
+        return read(data)
+    except PliantError as error:
+        raise PlanError(f"{file}: {error}") from None
 
 
 def made_for(model: Denoiser) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pliant.plans.engine import Lowered, Weights
 from pliant.plans.evaluator import Evaluator
 from pliant.plans.noise import batch_noise, check_seeds, start_state
 from pliant.plans.plan import Plan
-from pliant.plans.routed import RoutedPlans
+from pliant.plans.routed import AnyPlan, RoutedPlans
 from pliant.solvers import Noise, Program, StepResult, run
 from pliant.solvers.interpreter import Combine, combine
 
@@ -161,7 +161,7 @@ def sample_steps(
 
 def sample(
     model: Denoiser,
-    plan: Plan | RoutedPlans,
+    plan: AnyPlan,
     cond: Sequence[int] | Tensor,
     seeds: Sequence[int] | None = None,
     batch_size: int = 64,
@@ -181,7 +181,7 @@ def sample(
     seeds = _default_seeds(cond, seeds)
     model = sized(model, size, extrapolation)
     if isinstance(plan, RoutedPlans):
-        return _sample_routed(model, plan, cond, seeds, batch_size, (x, mu, origin))
+        return RoutedSampler(model, plan)(cond, seeds, x, mu, origin, batch_size)
     sampler = Sampler(model, plan)
     labels = check_labels(cond, model)
     check_seeds(seeds, len(labels))
@@ -194,23 +194,37 @@ def sample(
     return torch.cat(parts)
 
 
-def _sample_routed(
-    model: Denoiser,
-    routed: RoutedPlans,
-    cond: Sequence[int] | Tensor,
-    seeds: Sequence[int],
-    batch_size: int,
-    given: Sequence[Tensor | None],
-) -> Tensor:
-    """Every group of samples with its plan; the results in the order that was asked for."""
-    labels = check_labels(cond, model)
-    seeds = check_seeds(seeds, len(labels))
-    parts, places = [], []
-    for plan, group in routed.groups(labels, seeds):
-        x, mu, origin = (None if v is None else v[group] for v in given)
-        parts.append(sample(model, plan, labels[group], [seeds[i] for i in group], batch_size, x, mu, origin))
-        places += group
-    return torch.cat(parts)[torch.tensor(places).argsort()]
+class RoutedSampler:
+    """A model and routed plans made ready once: every sample takes its own plan, and comes back where it was asked for.
+
+    Raises PlanError as `Sampler` does, and for classes without a plan.
+    """
+
+    def __init__(self, model: Denoiser, plan: RoutedPlans) -> None:
+        plan.check(model)
+        self.model, self.plan = model, plan
+        self._samplers = [Sampler(model, p) for p in plan.plans]
+
+    def __call__(
+        self,
+        cond: Sequence[int] | Tensor,
+        seeds: Sequence[int],
+        x: Tensor | None = None,
+        mu: Tensor | None = None,
+        origin: Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """(B, C, H, W); arguments as those of `Sampler.steps`. batch_size: at most so many of one plan at once."""
+        labels = check_labels(cond, self.model)
+        seeds = check_seeds(seeds, len(labels))
+        parts, places = [], []
+        for number, group in self.plan.groups(labels, seeds):
+            size = batch_size or len(group)
+            for some in (group[i : i + size] for i in range(0, len(group), size)):
+                given = (None if v is None else v[some] for v in (x, mu, origin))
+                parts.append(self._samplers[number](labels[some], [seeds[i] for i in some], *given))
+                places += some
+        return torch.cat(parts)[torch.tensor(places).argsort()]
 
 
 def sized(model: Denoiser, size: Sequence[int] | None, extrapolation: str | None) -> Denoiser:
