@@ -104,6 +104,9 @@ def test_requests_in_turn_are_requests_alone() -> None:
             "step 1 .*merged adapters",
         ),
         (tiny_denoiser, [Compute(), Compute(write=("increment(8)",), precision="int8d")], "step 1 .*int8d"),
+        (tiny_denoiser, [Compute(write=("increment(8)",), precision="bf16-mixed")], "step 0 .*bf16-mixed.* lacks"),
+        (tiny_denoiser, [Compute(write=("increment(8)",), precision="0:1=int8d")], "step 0 .*int8d.* lacks"),
+        (tiny_denoiser, [Compute(write=("kv",), precision="bf16-compiled")], "step 0 .*not compiled; use .*bf16"),
         (
             tiny_denoiser,
             [Compute(write=("increment(8)",)), Compute(sites="C4", reuse=Reuse("increment", rank=4))],

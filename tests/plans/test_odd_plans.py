@@ -190,6 +190,7 @@ def test_the_least_is_what_the_most_generous_gates_cost(model: Denoiser) -> None
         spent = taken_flops(plan, model, run_plan(plan, model, [1], [6]).decisions, WITHOUT_CONDITIONING)
         assert spent == cost.least_flops < cost.flops
     assert spent_flops(reference, model, [1], [6]) < reference.cost(model).flops
+    assert "gates decide" in reference.describe(model)
 
 
 def test_a_limit_on_what_was_seen_survives_an_unknown_gain(model: Denoiser) -> None:

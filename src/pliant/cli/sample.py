@@ -113,10 +113,12 @@ def sample(
     opened = open_model(model, format, option, device)
     opened = replace(opened, denoiser=at_size(opened.denoiser, size, extrapolation, decode))
     denoiser = opened.denoiser
+    asked = None if search is not None else plan_from(plan, denoiser, choices)
     labels, distinct = choose_classes(classes, num, denoiser)
     out = _target(out, opened, decode)
     found = None if search is None else searched(denoiser, choices, wanted, None)
-    chosen = plan_from(plan, denoiser, choices) if found is None else found.plan
+    chosen = found.plan if found is not None else asked
+    assert chosen is not None
     decoder = _open_decoder(decode, opened) if decode and out.suffix != ".safetensors" else None
     pinned = own_precision(denoiser)
     recipe = run_recipe(

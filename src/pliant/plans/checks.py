@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pliant.adapters.width import DynamicDiT
-from pliant.compute import Compute
+from pliant.compute import Compute, Subset
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.guidance import Guidance
+from pliant.models.block_precision import is_by_blocks, parse_block_precision
 from pliant.models.precision import check_precision
 from pliant.plans.calls import calls_of
 from pliant.plans.regions import check_tokens
@@ -39,9 +40,21 @@ def _check_network(compute: Compute, model: Denoiser) -> None:
     """Raise PlanError where this kind of network cannot do what a compute asks for."""
     if isinstance(model.network, DynamicDiT) and not (compute.plain and compute.scale is None):
         raise PlanError("sites, caches, token subsets and scales do not work on a network with routed width")
-    if compute.has_increments and compute.precision == "int8d":
-        raise PlanError("increments are corrected with parts of the weights, which precision 'int8d' lacks; use 'bf16'")
+    formats = set(_formats(compute.precision))
+    if compute.has_increments and (others := sorted(formats & {"int8d", "bf16-mixed", "bf16-compiled"})):
+        raise PlanError(
+            f"increments are corrected with parts of the weights, which precision {others[0]!r} lacks; use 'bf16'"
+        )
+    if (isinstance(compute.tokens, Subset) or "kv" in compute.write) and "bf16-compiled" in formats:
+        raise PlanError("subsets of tokens need blocks that are not compiled; use precision 'bf16'")
     model.core.check_compute(compute)
+
+
+def _formats(precision: str | None) -> list[str]:
+    """The number formats of a precision's blocks."""
+    if precision is None:
+        return []
+    return [span.format for span in parse_block_precision(precision)] if is_by_blocks(precision) else [precision]
 
 
 def check_guidance(guidance: Guidance, compute: Compute, model: Denoiser) -> None:

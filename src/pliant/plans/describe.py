@@ -11,6 +11,7 @@ from pliant.errors import PlanError
 from pliant.guidance import Guidance
 from pliant.models.patches import patch_name
 from pliant.plans.budget import images_text, seconds_text
+from pliant.plans.calls import calls_in
 
 if TYPE_CHECKING:
     from pliant.plans.plan import Plan
@@ -97,7 +98,7 @@ def describe(plan: Plan, model: Denoiser, batch: int = 1, throughput: Throughput
         lines.append("that is " + baseline)
     if cost.least_flops != cost.flops:
         least = f"{_number(cost.least_flops)} GFLOP ({cost.least_flops / cost.full_flops:.1%})"
-        who = "gates" if any(s.compute.gate for s in plan.steps) else "token routers"
+        who = "gates" if any(call.compute.gate for call in calls_in(plan)) else "token routers"
         lines.append(f"{who} decide while sampling: the table is the most it can cost, the least is {least}")
     if (predicted := seconds_line(plan, model, batch, throughput)) is not None:
         lines.append(predicted)
