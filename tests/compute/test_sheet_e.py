@@ -155,8 +155,24 @@ GATE = {"threshold": 0.1, "on_hit": "R1C3", "probe": 1}
         ("guidance", {"scale": "2"}, ["step 2", "scale '2'"]),
         ("guidance", {"scale": 2.0, "rule": {"name": "banded", "low": "x"}}, ["step 2", "low 'x'"]),
         ("guidance", {"scale": 2.0, "rule": "zero"}, ["step 2", "'zero'"]),
+        ("compute.gate", {**GATE, "polynomial": ["x"]}, ["step 2", "polynomial ['x']"]),
+        ("compute.gate", {**GATE, "max_seen": "x"}, ["step 2", "max_seen 'x'"]),
+        ("compute.gate", {**GATE, "max_run": True}, ["step 2", "max_run True"]),
+        ("compute.tokens", {"kind": "subset", "ratio": 0.5, "starvation": "x"}, ["step 2", "starvation 'x'"]),
+        ("compute.tokens", {"kind": "pool", "spans": ""}, ["step 2", "spans ''"]),
+        ("compute.write", "", ["step 2", "write ''"]),
+        ("compute.reuse", {"kind": "state", "basis": "chebyshev", "fit": [1]}, ["step 2", "fit [1]"]),
+        (
+            "compute.reuse",
+            {"kind": "state", "basis": "chebyshev", "fit": {"over": 4, "ridge": float("inf")}},
+            ["step 2", "ridge inf"],
+        ),
+        ("compute", "", ["step 2", "compute is ''"]),
+        ("guidance", [], ["step 2", "guidance"]),
+        ("guidance", {"scale": 2.0, "channels": True}, ["step 2", "channel", "True"]),
         ("t", 1.0, ["time"]),
-        ("t", 3.0, ["times lie between"]),
+        ("t", "x", ["step 2", "t is 'x'"]),
+        ("t", 3.0, ["times lie between", "time 2"]),
         ("solver.lower_order_final", {}, ["step 2", "lower_order_final"]),
     ],
 )
@@ -172,12 +188,49 @@ def test_damaged_plan_files_are_one_line(field: str, value: object, words: list[
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("path", 0, ["path", "0"]),
+        ("path", {"name": []}, ["unknown path []"]),
+        ("end", float("nan"), ["end nan"]),
+        ("end", True, ["end True"]),
+        ("version", True, ["version True"]),
+        ("model", "", ["'model'", "''"]),
+        ("model", {"fingerprint": 0}, ["fingerprint", "0"]),
+        ("reset_history_on_switch", "no", ["true or false", "'no'"]),
+    ],
+)
+def test_damaged_plans_are_one_line(field: str, value: object, words: list[str], tmp_path: Path) -> None:
+    """The fields of a plan beside its steps."""
+    data = Plan.uniform(pliant.load("digits"), 4, "dpmpp-2m").to_dict()
+    (tmp_path / "bad.json").write_text(json.dumps({**data, field: value}))
+    refused(run_here("sample", "digits", "--plan", tmp_path / "bad.json", "-o", tmp_path / "out.png"), *words)
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--cache", "nonsense"], ["no caching preset 'nonsense'"]),
         (["--cache", "fora:interval=[1"], ["cannot read the value '[1'"]),
         (["--cache", "magcache:ratios=3"], ["ratios are 3"]),
         (["--cache", "ras:resets=99"], ["reset"]),
+        (["--cache", "ras:resets=1.5"], ["resets are 1.5"]),
+        (["--cache", "ras:metric=[]"], ["metric is []"]),
+        (["--cache", "ras:starvation=x"], ["starvation 'x'"]),
+        (["--cache", "ras:starvation=.nan"], ["starvation nan"]),
+        (["--cache", "spectrum:ridge=x"], ["ridge 'x'"]),
+        (["--cache", "spectrum:blend=null"], ["blend None"]),
+        (["--cache", "spectrum:degree=true"], ["degree True"]),
+        (["--cache", "dbcache:front=1,warmup=2,max_seen=x"], ["max_seen 'x'"]),
+        (["--cache", "dbcache:front=1,warmup=2,basis=nonsense"], ["basis 'nonsense'"]),
+        (["--cache", "l2c:routers=3"], ["routers are 3"]),
+        (["--cache", "l2c:calibrate=1,iterations=2,lr=-1"], ["lr is -1"]),
+        (["--cache", "l2c:calibrate=true"], ["calibrate is True"]),
+        (["--cache", "teacache:threshold=0.2,polynomial={}"], ["polynomial is {}"]),
+        (["--cache", "teacache:threshold=99"], ["step 0 (t=1)", "never recomputes", "come to 6"]),
+        (["--cache", "easycache:warmup=2,threshold=99"], ["step 2 (t=0.75)", "never recomputes"]),
+        (["--cache", "magcache:ratios=[1, 1],threshold=9,max_run=99"], ["nothing would be recomputed"]),
         (["--cache", "ras:ratio=2"], ["(0, 1]"]),
         (["--cache", "fora:interval=99"], ["none would be recomputed"]),
         (["--precision", "fp8"], ["unknown precision 'fp8'"]),
@@ -192,6 +245,22 @@ def test_damaged_plan_files_are_one_line(field: str, value: object, words: list[
 )
 def test_bad_options_are_one_line(options: list[str], words: list[str]) -> None:
     refused(run_here("plan", "digits", "--steps", "8", *options), *words)
+
+
+def test_options_take_scientific_numbers() -> None:
+    """YAML 1.1 reads 5e-2 as a text."""
+    texts = "fbc:threshold=0.05", "fbc:threshold=5e-2"
+    plain, short = (run_here("plan", "digits", "--steps", "8", "--cache", text) for text in texts)
+    assert plain.code == short.code == 0 and plain.out == short.out
+
+
+def test_options_take_lists(tmp_path: Path) -> None:
+    """TeaCache's coefficients and MagCache's ratios as their papers give them."""
+    spec = "teacache:threshold=0.2,polynomial=[2.5, -1e-1, 0]"
+    done = run_here("plan", "digits", "--steps", "8", "--cache", spec, "-o", tmp_path / "plan.json")
+    assert done.code == 0, done
+    gate = Plan.load(tmp_path / "plan.json").steps[0].compute.gate
+    assert gate is not None and gate.threshold == 0.2 and gate.polynomial == (2.5, -0.1, 0.0)
 
 
 # Precisions meet each other -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,18 +62,33 @@ def cache_config(text: str) -> dict[str, Any]:
     return _named(text, "cache", "teacache:threshold=0.2")
 
 
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+"""1e-3: a number, which YAML 1.1 reads as a text."""
+
+
+def _numbers(value: Any) -> Any:
+    """The value with numbers that YAML took for texts."""
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+_COMMA = re.compile(r",(?![^\[\]{}]*[\]}])")
+"""Between options, not inside of a list: "teacache:threshold=0.2,polynomial=[7, -1, 0]"."""
+
+
 def _named(text: str, what: str, example: str) -> dict[str, Any]:
     """A name and its options. Raises ConfigError."""
     import yaml
 
     name, _, rest = text.partition(":")
     config: dict[str, Any] = {"name": name.strip()}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, _COMMA.split(rest)):
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"cannot read the {what} {text!r}; write a name, or options as in {example}")
         try:
-            config[key.strip()] = yaml.safe_load(value)
+            config[key.strip()] = _numbers(yaml.safe_load(value))
         except yaml.YAMLError:
             raise ConfigError(f"cannot read the value {value!r} of {key.strip()!r} in the {what} {text!r}") from None
     return config

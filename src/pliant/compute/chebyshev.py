@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pliant.compute.numbers import is_number, is_whole
 from pliant.errors import ConfigError
 
 
@@ -27,13 +28,13 @@ class Chebyshev:
     """What is regressed: the values, which the penalty shrinks towards zero, or their distance from the newest."""
 
     def __post_init__(self) -> None:
-        if not self.over > 0:
+        if not is_number(self.over) or self.over <= 0:
             raise ConfigError(f"chebyshev has over={self.over!r}; expected the number of steps")
-        if not isinstance(self.degree, int) or not 0 <= self.degree <= 16:
+        if not is_whole(self.degree) or not 0 <= self.degree <= 16:
             raise ConfigError(f"chebyshev has degree {self.degree!r}; expected a whole number from 0 to 16")
-        if not self.ridge > 0:
+        if not is_number(self.ridge) or self.ridge <= 0:
             raise ConfigError(f"chebyshev has ridge {self.ridge!r}; expected a number > 0")
-        if not 0 <= self.blend <= 1:
+        if not is_number(self.blend) or not 0 <= self.blend <= 1:
             raise ConfigError(f"chebyshev has blend {self.blend!r}; expected a share from 0 to 1")
         if self.about not in ("zero", "newest"):
             raise ConfigError(f"chebyshev is about {self.about!r}; expected 'zero' or 'newest'")

@@ -194,7 +194,7 @@ class Compute:
             "tokens": tokens_from_dict,
             "gate": Gate.from_dict,
             "scale": LowBand.from_config,
-            "write": tuple,
+            "write": _writes,
         }
         for name, parse in parsers.items():
             if name in rest:
@@ -225,6 +225,12 @@ class Compute:
         if self.gate is not None:
             words.append(self.gate.describe())
         return ", ".join(words)
+
+
+def _writes(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise ConfigError(f'compute has write {values!r}; expected a list such as ["branch"]')
+    return tuple(values)
 
 
 def _write_key(item: str) -> tuple[str, int, int]:

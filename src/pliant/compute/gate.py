@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from pliant.compute.numbers import is_number, is_whole
 from pliant.compute.sites import parse_sites
 from pliant.errors import ConfigError, suggest
 
@@ -64,7 +65,7 @@ class Gate:
                 raise ConfigError(f"gate has {name} {value!r}; {suggest(str(value), known)}")
         if not isinstance(self.accumulate, bool):
             raise ConfigError(f"gate has accumulate {self.accumulate!r}; expected true or false")
-        if not isinstance(self.probe, int):
+        if not is_whole(self.probe):
             raise ConfigError(f"gate has a probe of {self.probe!r}; expected a number of sites")
         letters = parse_sites(self.on_hit)
         if "C" not in letters and "K" not in letters:
@@ -73,26 +74,32 @@ class Gate:
             raise ConfigError(f"a gate with a probe of {self.probe} sites needs on_hit to begin with R{self.probe}")
         if self.signal == "residual" and self.probe == 0:
             raise ConfigError("a gate on the probe's residual needs probe >= 1 sites")
-        if not (isinstance(self.threshold, (int, float)) and self.threshold >= 0):
+        if not (is_number(self.threshold) or self.threshold == math.inf) or self.threshold < 0:
             raise ConfigError(f"gate has threshold {self.threshold!r}; expected a number >= 0")
-        unlimited = self.max_run is None and self.max_hits is None and self.max_seen is None
         # A sum grows past any number and a polynomial may be of any size; a plain change is a share of what was there.
         if math.isinf(self.threshold) and self.max_run is None:
             raise ConfigError("a gate with an infinite threshold never recomputes; give it max_run, or a number")
-        if self.threshold >= 1 and unlimited and not self.polynomial and not self.accumulate:
+        if self.threshold >= 1 and self.unlimited and not self.polynomial and not self.accumulate:
             raise ConfigError(
                 f"a gate with threshold {self.threshold:g} never recomputes: a change of 100 % would still count as "
                 f"none; take one below 1, or give max_run"
             )
         for name in ("max_run", "max_hits"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not is_whole(value) or value < 1):
                 raise ConfigError(f"gate has {name} {value!r}; expected a whole number >= 1, or none")
-        if self.max_seen is not None and not self.max_seen > 0:
+        if self.max_seen is not None and (not is_number(self.max_seen) or self.max_seen <= 0):
             raise ConfigError(f"gate has max_seen {self.max_seen!r}; expected a number > 0, or none")
         if self.signal == "output" and (self.reference != "last_step" or self.probe):
             raise ConfigError("a gate on the output has no probe and compares with the last step")
+        if not isinstance(self.polynomial, (tuple, list)) or not all(is_number(c) for c in self.polynomial):
+            raise ConfigError(f"gate has polynomial {self.polynomial!r}; expected numbers, highest power first")
         object.__setattr__(self, "polynomial", tuple(float(c) for c in self.polynomial))
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether nothing but the change stops hits."""
+        return self.max_run is None and self.max_hits is None and self.max_seen is None
 
     @property
     def never_hits(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from pliant.compute.chebyshev import Chebyshev, chebyshev_weights
+from pliant.compute.numbers import is_whole
 from pliant.errors import ConfigError, suggest
 
 ReuseKind = Literal["branch", "increment", "span", "out", "drift", "state"]
@@ -57,7 +58,7 @@ class Reuse:
             if value not in known:
                 raise ConfigError(f"reuse has {name} {value!r}; {suggest(str(value), known)}")
         most = MAX_WINDOW - 1 if self.basis == "chebyshev" else MAX_ORDER
-        if not isinstance(self.order, int) or not 0 <= self.order <= most:
+        if not is_whole(self.order) or not 0 <= self.order <= most:
             raise ConfigError(f"reuse has order {self.order!r}; forecasts of order 0 to {most} exist")
         if (self.fit is not None) != (self.basis == "chebyshev"):
             raise ConfigError("reuse takes a fit with the basis 'chebyshev', and only with it")
@@ -65,7 +66,7 @@ class Reuse:
             raise ConfigError(f"reuse with the basis 'chebyshev' runs on the clock 'step', not {self.on!r}")
         if (self.rank is not None) != (self.kind == "increment"):
             raise ConfigError("reuse takes a rank with the kind 'increment', and only with it")
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 0 or self.order):
+        if self.rank is not None and (not is_whole(self.rank) or self.rank < 0 or self.order):
             raise ConfigError(f"reuse has rank {self.rank!r} and order {self.order}; expected a rank >= 0, order 0")
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,9 +77,14 @@ class Reuse:
         """Inverse of `to_dict`. Raises ConfigError for unknown fields."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"reuse is {values!r}; expected an object like {{\"kind\": \"branch\"}}")
+        fit = values.get("fit")
         try:
-            fit = values.get("fit")
-            return Reuse(**{**values, "fit": None if fit is None else Chebyshev(**fit)})
+            fitted = None if fit is None else Chebyshev(**fit)
+        except TypeError:
+            known = ", ".join(f.name for f in fields(Chebyshev))
+            raise ConfigError(f"reuse has fit {fit!r}; expected an object with {known}") from None
+        try:
+            return Reuse(**{**values, "fit": fitted})
         except TypeError:
             raise ConfigError(
                 f"reuse takes {', '.join(f.name for f in fields(Reuse))}; got {', '.join(map(str, values))}"

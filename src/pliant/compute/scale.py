@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -10,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 
 from pliant.compute.bands import Band, Size, check_band, coarse_size, power_in_band
+from pliant.compute.numbers import is_number
 from pliant.compute.spectra import Spectrum, spectrum_from_config
 from pliant.errors import ConfigError, suggest
 
@@ -42,7 +42,7 @@ class LowBand:
                 "the missing band's 'wiener' guess needs the data's spectrum: measure one with "
                 "pliant.evaluation.spectrum.measure(images), or use missing='hold'"
             )
-        if any(not 1 <= r < math.inf for r in self.ratio):
+        if not all(is_number(r) and r >= 1 for r in self.ratio):
             raise ConfigError(f"a scale ratio is at least 1 (2 halves the side), got {self.ratio}")
         if self.positions not in get_args(Positions):
             known = suggest(str(self.positions), get_args(Positions))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ def check_calls(calls: Sequence[PlannedCall]) -> None:
 
     A gated call is sure to write the first time (there is nothing to compare with), later ones only perhaps.
     """
+    _check_thresholds(calls)
     sure: dict[tuple[Any, Slot, str], int] = {}
     maybe: set[tuple[Any, Slot, str]] = set()
     for call in calls:
@@ -64,6 +65,28 @@ def check_calls(calls: Sequence[PlannedCall]) -> None:
                 for stream in call.streams:
                     if (call.network, slot, stream) not in sure:
                         raise PlanError(_missing(call, slot, stream, need, 0) + " (on a hit of its gate)")
+
+
+def _check_thresholds(calls: Sequence[PlannedCall]) -> None:
+    """Raise PlanError, naming the first such step, for a gate of which no change makes a full call.
+
+    That is where changes of 100 % at every call since its first would not add up to its threshold.
+    """
+    places: dict[Hashable, list[PlannedCall]] = {}
+    for call in calls:
+        gate = call.compute.gate
+        if gate is not None and not gate.never_hits and gate.unlimited:
+            places.setdefault((call.network, call.streams, gate.memory, gate.threshold), []).append(call)
+    for found in places.values():
+        gate, changes = found[0].compute.gate, len(found) - 1
+        assert gate is not None
+        each = max(gate.rescaled(share / 16) for share in range(17))
+        most = each * changes if gate.accumulate else each
+        if changes > 0 and gate.threshold > most:
+            raise PlanError(
+                f"{found[0].label}: a gate with threshold {gate.threshold:g} never recomputes: changes of 100 % at all "
+                f"its calls come to {most:g}; lower it, or give max_run"
+            )
 
 
 def _missing(call: PlannedCall, slot: Slot, stream: str, need: int, have: int) -> str:

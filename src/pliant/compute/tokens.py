@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
 
+from pliant.compute.numbers import is_number, is_whole
 from pliant.errors import ConfigError, suggest
 
 Rule = Literal["update_std", "update_norm", "router"]
@@ -31,9 +32,9 @@ class Subset:
         _check_ratio("tokens", self.ratio)
         if self.rule not in get_args(Rule):
             raise ConfigError(f"tokens are chosen by {self.rule!r}; {suggest(str(self.rule), get_args(Rule))}")
-        if self.sign not in (-1, 1):
+        if not is_whole(self.sign) or self.sign not in (-1, 1):
             raise ConfigError(f"tokens has sign {self.sign!r}; expected 1 or -1")
-        if self.starvation < 0:
+        if not is_number(self.starvation) or self.starvation < 0:
             raise ConfigError(f"tokens has starvation {self.starvation!r}; expected a number >= 0")
 
     def count(self, tokens: int) -> int:
@@ -55,7 +56,7 @@ class Merge:
 
     def __post_init__(self) -> None:
         _check_ratio("merge", self.ratio)
-        if not isinstance(self.window, int) or self.window < 2:
+        if not is_whole(self.window) or self.window < 2:
             raise ConfigError(f"merge has window {self.window!r}; expected a whole number >= 2")
         if self.ratio > 1 - 1 / self.window**2:
             raise ConfigError(
@@ -147,7 +148,7 @@ Tokens: TypeAlias = Subset | Merge | Pool
 _KINDS: dict[str, Callable[..., Tokens]] = {
     "subset": Subset,
     "merge": Merge,
-    "pool": lambda spans: Pool(tuple(_pooled_from_dict(span) for span in spans)),
+    "pool": lambda spans: Pool(_pooled_spans(spans)),
 }
 
 
@@ -156,6 +157,12 @@ def tokens_to_dict(tokens: Tokens) -> dict[str, Any]:
     if isinstance(tokens, Pool):
         return {"kind": "pool", "spans": [{**asdict(span), "ratio": list(span.ratio)} for span in tokens.spans]}
     return {"kind": "subset" if isinstance(tokens, Subset) else "merge", **asdict(tokens)}
+
+
+def _pooled_spans(values: Any) -> tuple[Pooled, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise ConfigError(f"tokens of kind 'pool' have spans {values!r}; expected a list")
+    return tuple(_pooled_from_dict(span) for span in values)
 
 
 def _pooled_from_dict(values: Any) -> Pooled:

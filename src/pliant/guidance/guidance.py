@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from pliant.compute import Compute
+from pliant.compute.numbers import is_number, is_whole
 from pliant.errors import PlanError, suggest
-from pliant.guidance.rules import Linear, Rule, Zero, is_number, rule_from_dict, rule_to_dict
+from pliant.guidance.rules import Linear, Rule, Zero, rule_from_dict, rule_to_dict
 
 Against: TypeAlias = Literal["null", "weak", "guide", "remembered", "origin", "difference"]
 AGAINST: tuple[Against, ...] = get_args(Against)
@@ -58,7 +59,7 @@ class Guidance:
             raise PlanError("guidance against a weak call needs that call's compute, e.g. Compute.of(patch=4)")
         if self.against not in CALLED and self.compute is not None:
             raise PlanError(f"guidance against {self.against!r} makes no reference call, so it takes no compute")
-        if self.channels is not None and (not isinstance(self.channels, int) or self.channels < 1):
+        if self.channels is not None and (not is_whole(self.channels) or self.channels < 1):
             raise PlanError(f"guidance needs at least 1 channel, got {self.channels!r}; leave it out to guide all")
         if not is_number(self.rescale) or not 0.0 <= self.rescale <= 1.0:
             raise PlanError(f"guidance has rescale {self.rescale!r}; expected a share in [0, 1]")

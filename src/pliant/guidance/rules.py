@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from pliant.compute.numbers import is_number
 from pliant.errors import PlanError, suggest
 
 Space: TypeAlias = Literal["stored", "sample"]
@@ -231,11 +232,6 @@ def rule_from_dict(values: Mapping[str, Any]) -> Rule:
     except TypeError as error:  # an option that is missing
         raise PlanError(f"guidance rule {name!r}: {error}") from None
     return rule
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite number; JSON and YAML hand over anything."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:

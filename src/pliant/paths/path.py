@@ -173,9 +173,11 @@ def known_paths() -> tuple[str, ...]:
 
 def path_from_config(config: dict[str, Any]) -> Path:
     """Inverse of `Path.to_config`. Raises ConfigError for an unknown name or field."""
+    if not isinstance(config, dict):
+        raise ConfigError(f'path is {config!r}; expected an object like {{"name": "linear"}}')
     fields = dict(config)
     name = fields.pop("name", None)
-    if name not in _FAMILIES:
+    if not isinstance(name, str) or name not in _FAMILIES:
         raise ConfigError(f"unknown path {name!r}: {suggest(str(name), _FAMILIES)}")
     try:
         return _FAMILIES[name](**fields)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pliant.compute.numbers import is_number
 from pliant.errors import PlanError, suggest
 from pliant.guidance import RULES, Guidance, Zero
-from pliant.guidance.rules import is_number, rule_from_dict
+from pliant.guidance.rules import rule_from_dict
 from pliant.plans.plan import Plan
 
 

@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pliant.compute import Compute
+from pliant.compute.numbers import is_number
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError, PliantError, suggest
 from pliant.files import write_json
@@ -51,12 +52,14 @@ class Step:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Step:
         _known_keys(data, ("t", "solver", "compute", "guidance"))
-        guidance = data.get("guidance")
+        compute, guidance = data.get("compute"), data.get("guidance")
+        if not is_number(data["t"]):
+            raise PlanError(f"t is {data['t']!r}; expected a time, 0 (data) to 1 (noise)")
         return Step(
             float(data["t"]),
             get_solver(data["solver"]),
-            Compute.from_dict(data.get("compute") or {}),
-            Guidance.from_dict(guidance) if guidance else None,
+            Compute() if compute is None else Compute.from_dict(compute),
+            None if guidance is None else Guidance.from_dict(guidance),
         )
 
 
@@ -225,7 +228,7 @@ class Plan:
         """Inverse of `to_dict`. Raises PlanError for another format or version, unknown fields, or a bad step."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f"this is not a plan: expected a JSON object with \"format\": \"{FORMAT}\"")
-        if data.get("version") != VERSION:
+        if data.get("version") != VERSION or isinstance(data["version"], bool):
             raise PlanError(f"this plan has version {data.get('version')!r}; this Pliant reads version {VERSION}")
         known = ("format", "version", "model", "path", "end", "reset_history_on_switch", "provenance", "steps")
         _known_keys(data, known)
@@ -243,17 +246,22 @@ class Plan:
             except (PliantError, TypeError, ValueError) as error:
                 raise PlanError(f"step {i} of the plan: {error}") from None
         end = data.get("end", 0.0)
-        if not isinstance(end, (int, float)):
+        if not is_number(end):
             raise PlanError(f"a plan ends at a time, got end {end!r}")
         for key in ("path", "model", "provenance"):
-            if not isinstance(data.get(key) or {}, dict):
+            if data.get(key) is not None and not isinstance(data[key], dict):
                 raise PlanError(f"the field {key!r} of a plan is an object, got {data[key]!r}")
+        if not isinstance(fingerprint := (data.get("model") or {}).get("fingerprint", ""), str):
+            raise PlanError(f"the fingerprint of a plan's model is a text, got {fingerprint!r}")
+        resets = data.get("reset_history_on_switch", False)
+        if not isinstance(resets, bool):
+            raise PlanError(f"the field 'reset_history_on_switch' of a plan is true or false, got {resets!r}")
         return Plan(
             steps=tuple(steps),
             path=path_from_config(data["path"]),
             end=float(end),
             model=dict(data.get("model") or {}),
-            reset_history_on_switch=bool(data.get("reset_history_on_switch", False)),
+            reset_history_on_switch=resets,
             provenance=dict(data.get("provenance") or {}),
         )
 

@@ -67,8 +67,9 @@ def check_times(times: Tensor | Sequence[float]) -> list[float]:
     if t.ndim != 1 or len(t) < 2:
         raise PlanError(f"a time grid is a list of at least 2 times, got shape {tuple(t.shape)}")
     grid: list[float] = t.tolist()
-    if outside := [v for v in grid if not 0.0 <= v <= 1.0]:
-        raise PlanError(f"times lie between 0 (data) and 1 (noise), got {outside[0]}")
+    if outside := [(k, v) for k, v in enumerate(grid) if not 0.0 <= v <= 1.0]:
+        k, wrong = outside[0]
+        raise PlanError(f"times lie between 0 (data) and 1 (noise), got {wrong} for time {k}")
     decreasing = grid[-1] < grid[0]
     for k, (a, b) in enumerate(pairwise(grid)):
         if a == b:

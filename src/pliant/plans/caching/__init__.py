@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pliant.compute.numbers import is_whole
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, suggest
 from pliant.plans.caching import forecasts, gates, increments, intervals, tokens
@@ -70,7 +71,7 @@ def with_caching(plan: Plan, model: Denoiser, name: str, calibrate: int | None =
     if calibrate is not None:
         if preset.calibrate is None:
             raise ConfigError(f"caching preset {name!r} has nothing to calibrate; leave calibrate out")
-        if not isinstance(calibrate, int) or calibrate < 1:
+        if not is_whole(calibrate) or calibrate < 1:
             raise ConfigError(f"calibrate is {calibrate!r}; expected a number of samples, at least 1")
         own = {k: options.pop(k) for k in measuring if k in options and k not in known}
         cond = [i % model.num_classes for i in range(calibrate)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pliant.compute import Gate, Reuse
+from pliant.compute.numbers import is_number
 from pliant.compute.reuse import MAX_ORDER, Basis
 from pliant.compute.sites import format_sites
 from pliant.errors import ConfigError
@@ -67,7 +68,7 @@ def dbcache(
         max_hits,
         max_seen,
         mask,
-        Reuse("span", whole("order", order, 0, MAX_ORDER), basis if order else "newton"),
+        Reuse("span", whole("order", order, 0, MAX_ORDER), basis),
     )
 
 
@@ -134,7 +135,7 @@ def _must(target: Target, warmup: int, mask: str | None) -> list[bool]:
 
 
 def _coefficients(polynomial: Sequence[float]) -> tuple[float, ...]:
-    try:
-        return tuple(float(c) for c in polynomial)
-    except (TypeError, ValueError):
-        raise ConfigError(f"polynomial is {polynomial!r}; expected coefficients, highest power first") from None
+    given: object = polynomial  # command lines may hold anything
+    if not isinstance(given, (list, tuple)) or not all(is_number(c) for c in given):
+        raise ConfigError(f"polynomial is {polynomial!r}; expected coefficients, highest power first")
+    return tuple(float(c) for c in polynomial)

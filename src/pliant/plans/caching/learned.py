@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pliant.compute import Reuse
+from pliant.compute.numbers import is_number
 from pliant.compute.sites import format_sites, parse_sites
 from pliant.denoiser import Denoiser
 from pliant.errors import ConfigError, PlanError
@@ -25,6 +26,9 @@ def learning_to_cache(target: Target, *, routers: Mapping[str, str] | None = Non
     """
     if routers is None:
         raise ConfigError("l2c needs learned routers: learn them with calibrate=8 (samples), or pass routers=")
+    given: object = routers  # command lines may hold anything
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"routers are {routers!r}; expected sites of every odd step; calibrate=8 learns them")
     wanted = [str(i) for i in range(1, target.steps, 2)]
     if sorted(routers) != sorted(wanted):
         raise PlanError(
@@ -61,6 +65,8 @@ def calibrate_learning_to_cache(
     where the step before is on another token grid, or one of the two calls no network.
     """
     number("penalty", penalty), number("threshold", threshold, 0, 1), whole("iterations", iterations)
+    if not is_number(lr) or lr <= 0:
+        raise ConfigError(f"lr is {lr!r}; expected a number > 0")
     seen = {step.step: step for step in watch(plan, model, cond, seeds)}
     routers: dict[str, str] = {}
     errors: dict[str, float] = {}

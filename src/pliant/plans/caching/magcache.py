@@ -41,6 +41,11 @@ def magcache(
     first = max(1, int(number("retention", retention, 0, 1) * target.steps + 0.5))
     if first >= target.steps:
         raise PlanError(f"retention {retention:g} keeps all {target.steps} steps in full; lower it")
+    if threshold >= 1 and max_run >= target.steps - first:
+        raise ConfigError(
+            f"threshold is {threshold:g} and max_run {max_run}: an error of 100 % would still count as none, so "
+            f"nothing would be recomputed; lower one of them"
+        )
     m = target.sites
     full = Row(write=(f"span(0,{m})",))
     cached = Row(sites=f"C{m}", reuse=Reuse("span"))

@@ -41,7 +41,7 @@ def ras(
     if begin >= target.steps:
         raise PlanError(f"ras starts at step {begin}, and the plan has only {target.steps} steps; start earlier")
     known = {round(target.steps * k / 7) for k in (3, 5)} if resets is None else _steps(resets, target)
-    if metric is not None and metric not in METRICS:
+    if metric is not None and (not isinstance(metric, str) or metric not in METRICS):
         raise ConfigError(f"metric is {metric!r}; expected 'std' or 'norm'")
     rule = METRICS[metric or ("std" if target.channels > 1 else "norm")]
     middle = (target.steps + begin) // whole("every", every) // 2
@@ -60,9 +60,11 @@ def ras(
 
 def _steps(resets: Sequence[int] | int | str, target: Target) -> set[int]:
     """Numbers of steps. Raises ConfigError for what is none of this plan's."""
-    given: Sequence[Any] = [resets] if isinstance(resets, int) else resets
+    given: Any = [resets] if isinstance(resets, int) else resets
     if isinstance(given, str):
         given = [int(word) if word.isdecimal() else word for word in given.split()]
+    if not isinstance(given, (list, tuple, range)):
+        raise ConfigError(f"resets are {resets!r}; expected numbers of steps")
     return {whole("a reset", step, 0, target.steps - 1) for step in given}
 
 
