@@ -11,7 +11,7 @@ import torch
 
 from pliant import Denoiser
 from pliant.adapters.flexify import flexify
-from pliant.compute import WITHOUT_CONDITIONING, Compute, Gate, LowBand, Reuse, Subset
+from pliant.compute import WITHOUT_CONDITIONING, Compute, Gate, LowBand, Reuse, Subset, counted_flops
 from pliant.compute.gate import mean_change
 from pliant.compute.reuse import forecast_weights
 from pliant.errors import ConfigError, PlanError
@@ -199,3 +199,60 @@ def test_a_limit_on_what_was_seen_survives_an_unknown_gain(model: Denoiser) -> N
     compute = Compute(write=("drift",), reuse=Reuse("drift"), gate=gate)
     plan = Plan.uniform(model, STEPS, "euler", compute)
     assert any(any(d.hit) for d in run_plan(plan, model, [1], [6]).decisions)
+
+
+@pytest.mark.parametrize("early", [Compute(patch=(1, 1)), Compute(patch=(2, 2)), Compute(scale=LowBand.of(2))])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fbc", {"threshold": 5.0, "max_run": 2}),
+        ("teacache", {"threshold": 2.9}),
+        ("easycache", {"threshold": 2.9, "warmup": 2}),
+    ],
+)
+def test_frozen_plans_find_what_was_kept_on_their_grid(
+    name: str, options: dict[str, object], early: Compute, model: Denoiser
+) -> None:
+    """The model's own patch size, named or not, is one grid: what was kept before is still there."""
+    plan = Plan.uniform(model, STEPS, "dpmpp-2m")
+    plan = plan.with_steps(replace(s, compute=early) if i < 4 else s for i, s in enumerate(plan.steps))
+    gated = plan.cached(model, name, **options)  # type: ignore[arg-type]
+    reused = [d.step for d in run_plan(gated, model, [1], [6]).decisions if d.hit[0]]
+    frozen = gated.freeze(model, [1], [6])
+    assert [i for i, s in enumerate(frozen.steps) if "C" in (s.compute.sites or "")] == reused != []
+    assert torch.equal(sample(model, frozen, [1], [6]), sample(model, gated, [1], [6]))
+
+
+def test_rows_that_disagree_may_mix_precisions(model: Denoiser) -> None:
+    """One row's answer was kept in bf16, the other's is computed in float32: the batch is float32, rows as alone."""
+    gate = Gate(0.9, "C6", 0, "output", "last_step")
+    early = Compute(write=("drift",), reuse=Reuse("drift"), gate=gate, precision="bf16")
+    plan = Plan.uniform(model, STEPS, "euler")
+    for threshold in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        late = replace(early, precision="fp32", gate=replace(gate, threshold=threshold))
+        mixed = plan.with_steps(replace(s, compute=early if i < 3 else late) for i, s in enumerate(plan.steps))
+        decided = run_plan(mixed, model, [0, 1, 2], [5, 6, 7]).decisions
+        if any(0 < sum(d.hit) < 3 for d in decided[3:]):
+            break
+    else:
+        pytest.fail("no rows disagreed, so that nothing was mixed")
+    together = sample(model, mixed, [0, 1, 2], [5, 6, 7])
+    assert torch.isfinite(together).all()
+    torch.testing.assert_close(together[1], sample(model, mixed, [1], [6])[0], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(("signal", "reference"), [("output", "last_step"), ("input", "last_full")])
+def test_a_hit_of_the_whole_output_costs_what_it_looked_at(signal: str, reference: str) -> None:
+    """A gate on the output decides before anything runs; one on the first site's input has embedded the tokens."""
+    wide = tiny_denoiser(depth=1, in_channels=64, width=16, patch_size=(1, 1), input_size=(4, 4))
+    gate = Gate(0.99, "C2", 0, signal, reference, max_run=9)  # type: ignore[arg-type]
+    compute = Compute(write=("out",), reuse=Reuse("out"), gate=gate, precision="fp32")
+    plan = Plan.uniform(wide, STEPS, "euler", compute)
+    hits: list[int] = []
+    counted = counted_flops(lambda: hits.append(sum(sum(d.hit) for d in run_plan(plan, wide, [1], [6]).decisions)))
+    plain = Plan.uniform(wide, STEPS, "euler", Compute(precision="fp32"))
+    tables = counted_flops(lambda: run_plan(plain, wide, [1], [6]))
+    full = wide.flops(compute, WITHOUT_CONDITIONING)
+    least = wide.least_flops(compute, WITHOUT_CONDITIONING)
+    assert hits[0] > 2 and least == (0 if signal == "output" else 2 * 16 * 64 * 16)
+    assert tables - counted == hits[0] * (full - least)

@@ -67,9 +67,9 @@ class Call:
         x: Tensor = inputs[0]
         if program.miss_whole == "drift" and program.compute.gate is None:
             return self._drifted(x, None)
-        state, context = self.model.begin(*inputs)
         if program.compute.gate is not None:
-            return self._gated(x, state, context, program.compute.gate)
+            return self._gated(inputs, program.compute.gate)
+        state, context = self.model.begin(*inputs)
         if isinstance(program.compute.tokens, Subset) and program.compute.tokens.rule == "router":
             count = program.compute.tokens.count(state[0].shape[1])
             return routed_output(cast(RoutedModel, self.model), state, context, count)
@@ -78,18 +78,21 @@ class Call:
             return subset_output(self._tokens, state, context, active, self._keys, self._keep_keys)
         return self._miss(x, state, context, {}, None, len(state[0]))
 
-    def _gated(self, x: Tensor, state: State, context: Any, gate: Gate) -> Tensor:
+    def _gated(self, inputs: tuple[Any, ...], gate: Gate) -> Tensor:
         """Probe, decide per row, and run both groups as batches of their own."""
-        program, total = self.program, len(state[0])
-        marks: dict[int, State] = {}
-        before = state
+        program, x = self.program, inputs[0]
+        total = len(x)
+        if gate.signal == "output":  # decided by the input alone
+            hit, memory = self._decide(gate, x)
+            if all(hit) and program.hit_whole in ("out", "drift"):
+                return self._hit(x, (), None, None)
+        state, context = self.model.begin(*inputs)
+        before, marks = state, dict[int, State]()
         state = self._play(program.probe, state, context, marks, None, total)
-        if gate.signal == "residual":
-            signal = state[0] - before[0]
-        else:
-            signal = x if gate.signal == "output" else self.model.norm(gate.probe, state, context)[0]
-        hit, memory = self._decide(gate, signal)
-        self.cache.decisions.append(Decision(self.moment.step, self.streams, tuple(hit)))
+        if gate.signal != "output":
+            residual = gate.signal == "residual"
+            signal = state[0] - before[0] if residual else self.model.norm(gate.probe, state, context)[0]
+            hit, memory = self._decide(gate, signal)
         if all(hit):
             return self._hit(x, state, context, None)
         if not any(hit):
@@ -110,8 +113,11 @@ class Call:
                     memory.learn(x[rows], value, chosen)
             else:
                 value = self._hit(x[rows], part, inner, rows)
-            merged = value.new_empty(total, *value.shape[1:]) if merged is None else merged
-            merged[rows] = value
+            if merged is None:
+                merged = value.new_empty(total, *value.shape[1:])
+            elif value.dtype != merged.dtype:  # kept by a call of another precision
+                merged = merged.to(torch.promote_types(merged.dtype, value.dtype))
+            merged[rows] = value.to(merged.dtype)
         assert merged is not None
         return merged
 
@@ -280,7 +286,9 @@ class Call:
             size = rows // len(self.streams)
             place = self.streams.index("cond") * size
             voters = list(range(place, place + size)) * len(self.streams)
-        return decide(gate, memory, signal, ready, voters), memory
+        hit = decide(gate, memory, signal, ready, voters)
+        self.cache.decisions.append(Decision(self.moment.step, self.streams, tuple(hit)))
+        return hit, memory
 
 
 def take_rows(context: Any, rows: Tensor, total: int) -> Any:

@@ -76,7 +76,7 @@ def _check_thresholds(calls: Sequence[PlannedCall]) -> None:
     for call in calls:
         gate = call.compute.gate
         if gate is not None and not gate.never_hits and gate.unlimited:
-            places.setdefault((call.network, call.streams, gate.memory, gate.threshold), []).append(call)
+            places.setdefault((gate.memory, gate.threshold), []).append(call)
     for found in places.values():
         gate, changes = found[0].compute.gate, len(found) - 1
         assert gate is not None

@@ -5,6 +5,8 @@ Adding a kept branch or span costs no matrix product, so reuse is free in every 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pliant.compute.compute import Compute
 from pliant.compute.cost import MATMUL, Convention, CostParts, TransformerShape, cost_parts
 from pliant.compute.lowering import write_slots
@@ -24,7 +26,9 @@ def spent_parts(shape: TransformerShape, compute: Compute, hit: bool = False) ->
         return whole
     letters = _letters(shape, compute, hit)
     if set(letters) == {"C"} and compute.reuse is not None and compute.reuse.kind in ("out", "drift"):
-        return CostParts(**dict.fromkeys(vars(whole), 0))
+        nothing = CostParts(**dict.fromkeys(vars(whole), 0))
+        looks_inside = hit and compute.gate is not None and compute.gate.signal != "output"
+        return replace(nothing, patch_embed=whole.patch_embed) if looks_inside else nothing
     L, D, N = shape.depth, shape.width, shape.tokens
     side = D // shape.heads
     inner = [side * heads for heads in shape.block_heads or (shape.heads,) * L]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from pliant.compute import Compute, Pool
 from pliant.compute.pooling import pool_of_hit
@@ -20,8 +21,9 @@ def freeze(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int
 
     A step reuses where more than half of all decisions were to reuse (rows of all samples, and evaluations if the step
     has several); on a tie it runs. If the conditional and the unconditional stream differ, they become calls of their
-    own. Frozen on one sample, a plan of single-evaluation steps makes that sample's image bit for bit. Where a majority
-    of many samples would reuse what no step has kept, the step runs. Raises PlanError for a plan without gates.
+    own. Frozen on one sample, a plan of single-evaluation steps makes that sample's image: bit for bit, or to rounding
+    where streams differ and no longer share a batch. Where a majority of many samples would reuse what no step has
+    kept, the step runs. Raises PlanError for a plan without gates.
     """
     if not any(call.compute.gate is not None for step in plan.steps for call in calls_of(step)):
         raise PlanError("this plan has no gates, so there is nothing to freeze: it is static already")
@@ -31,7 +33,7 @@ def freeze(plan: Plan, model: Denoiser, cond: Sequence[int], seeds: Sequence[int
         chosen = [_decided(c.compute, votes.get((i, s), [])) for c in calls_of(step) for s in c.streams]
         hits += sum(v.count(True) * 2 > len(v) for (k, _), v in votes.items() if k == i)
         steps.append(_frozen(step, chosen))
-    fixed = _readable(plan.with_steps(steps), plan)
+    fixed = _readable(plan.with_steps(steps), plan, model)
     provenance = {**plan.provenance, "frozen": {"samples": len(cond), "reused_calls": hits}}
     frozen = replace(fixed, provenance=provenance)
     frozen.check(model)
@@ -77,16 +79,16 @@ def _frozen(step: Step, chosen: Sequence[Compute]) -> Step:
     return replace(step, compute=chosen[0], guidance=guidance)
 
 
-def _readable(plan: Plan, gated: Plan) -> Plan:
+def _readable(plan: Plan, gated: Plan, model: Denoiser) -> Plan:
     """The plan with every read that finds nothing replaced by the gated plan's full call."""
-    kept: dict[tuple[object, str, str], int] = {}
+    kept: dict[tuple[Any, str, str], int] = {}
     steps = []
     for step, source in zip(plan.steps, gated.steps, strict=True):
         chosen = []
         originals = [c.compute for c in calls_of(source) for _ in c.streams]
-        places = [(c.compute, s) for c in calls_of(step) for s in c.streams]
-        for (compute, stream), original in zip(places, originals, strict=True):
-            grid = (compute.patch, compute.exit)
+        places = [(c.compute, s, c.model(model)) for c in calls_of(step) for s in c.streams]
+        for (compute, stream, own), original in zip(places, originals, strict=True):
+            grid = (own.patch_of(compute), own.exit_of(compute), compute.scale)
             written = original.write
             if compute != original and "C" in (compute.sites or ""):
                 need = 1 if compute.reuse is None else compute.reuse.order + 1
