@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pliant.compute.subset import flat_rows, take_tokens
@@ -59,11 +58,13 @@ class Matching:
         """(B, N, D) -> (B, N - r, D): the kept sources, then the destinations, averaged with what merges into them."""
         ends = self.destinations.expand(len(x), -1)
         rows = take_tokens(x, torch.cat([self.kept, ends], dim=1))
-        places = flat_rows(self.into + self.kept.shape[1], rows.shape[1])
-        flat = rows.flatten(0, 1).index_add(0, places, take_tokens(x, self.merged).flatten(0, 1))
-        size = torch.ones(len(flat), 1, dtype=x.dtype, device=x.device)
-        size.index_add_(0, places, torch.ones(len(places), 1, dtype=x.dtype, device=x.device))
-        return (flat / size).view(rows.shape)
+        kept, few = self.kept.shape[1], len(self.destinations)
+        places = flat_rows(self.into + kept, rows.shape[1])
+        rows.flatten(0, 1).index_add_(0, places, take_tokens(x, self.merged).flatten(0, 1))
+        size = torch.ones(len(x), few, dtype=x.dtype, device=x.device)
+        size.scatter_add_(1, self.into, torch.ones_like(self.into, dtype=x.dtype))
+        rows[:, kept:] /= size[..., None]
+        return rows
 
     def unmerge(self, y: Tensor) -> Tensor:
         """(B, N - r, D) -> (B, N, D): every token gets the row that it went into."""
@@ -85,8 +86,10 @@ def match(metric: Tensor, grid: tuple[int, int], merge: Merge, moment: int) -> M
     if gone == 0:
         return None
     sources, destinations = (p.to(metric.device) for p in places(grid, merge.window, moment))
-    unit = F.normalize(metric, dim=-1)
-    best, partner = (unit[:, sources] @ unit[:, destinations].transpose(1, 2)).max(-1)
-    order = best.argsort(dim=1, descending=True, stable=True)
+    # A source's own length changes how it compares with other sources, not which destination is nearest.
+    length = metric.norm(dim=-1).clamp_min(1e-12)
+    ends = metric.index_select(1, destinations) / length[:, destinations, None]
+    best, partner = (metric.index_select(1, sources) @ ends.transpose(1, 2)).max(-1)
+    order = (best / length[:, sources]).argsort(dim=1, descending=True, stable=True)
     first, rest = order[:, :gone], order[:, gone:]
     return Matching(sources[rest.sort(1).values], sources[first], partner.gather(1, first), destinations)
