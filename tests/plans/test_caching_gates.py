@@ -354,3 +354,17 @@ def test_gates_are_checked(options: dict[str, Any], words: str) -> None:
 
     with pytest.raises(ConfigError, match=words):
         Gate(**{"on_hit": "R2C6", "probe": 2, **options})
+
+
+def test_a_change_of_exactly_the_threshold(model: Denoiser) -> None:
+    """diffusers' first-block cache reuses it, cache-dit's DBCache and TeaCache do not."""
+    plan = Plan.uniform(model, STEPS, "euler")
+    for name, options, passes in (
+        ("fbc", {"threshold": 0.25}, True),
+        ("dbcache", {"threshold": 0.25, "front": 1, "warmup": 1}, False),
+        ("teacache", {"threshold": 0.25}, False),
+        ("easycache", {"threshold": 0.25, "warmup": 2}, False),
+    ):
+        gate = plan.cached(model, name, **options).steps[4].compute.gate  # type: ignore[arg-type]
+        assert gate is not None
+        assert (gate.passes(0.2499), gate.passes(0.25), gate.passes(0.2501)) == (True, passes, False), name

@@ -43,6 +43,14 @@ def by_hand(model: Denoiser, plan: Plan, labels: Tensor, x: Tensor, reference) -
     return x
 
 
+def test_the_interval_holds_its_ends(make) -> None:  # type: ignore[no-untyped-def]
+    """As in the published code: steps that start at a noise ratio of exactly 1 or 3 are guided."""
+    model = make(flexible=False)
+    plan = Plan.uniform(model, 4, "euler")
+    guided = guided_between(plan, Guidance.cfg(2.0), 1.0, 3.0)
+    assert [s.t for s in guided.steps if s.guidance is not None] == [0.75, 0.5]
+
+
 def test_no_reference_calls_outside_the_interval(make, counted: list[int]) -> None:  # type: ignore[no-untyped-def]
     model = make(flexible=False)
     plan = guided_between(Plan.uniform(model, 10, "euler"), Guidance.cfg(3.0), 0.283, 1.609)

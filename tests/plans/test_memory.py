@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pliant.adapters.flexify import flexify
-from pliant.compute import Compute
+from pliant.compute import Compute, Pool
 from pliant.denoiser import Denoiser
 from pliant.plans import Plan, Sampler
 from pliant.plans.memory import plan_memory
@@ -37,15 +37,26 @@ def measured_peak(model: Denoiser, plan: Plan, batch: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["plain", "guided", "weak", "fora", "taylorseer", "delta-dit", "icc", "tome", "ras"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain", "guided", "weak", "fora", "taylorseer", "delta-dit", "icc", "tome", "ras", "deepcache", "spectrum",
+        "teacache", "fbc", "dbcache", "easycache", "pool",
+    ],
+)  # fmt: skip
 def test_predicted_peak(model: Denoiser, name: str, precision: str) -> None:
     compute, weak = Compute(precision=precision), Compute(patch=(2, 2), precision=precision)
     plain = Plan.uniform(model, 6, compute=compute)
-    options = {"fora": {"interval": 2}, "icc": {"interval": 2, "rank": 4}, "tome": {"ratio": 0.5}}
+    options = {
+        "fora": {"interval": 2}, "icc": {"interval": 2, "rank": 4}, "tome": {"ratio": 0.5}, "spectrum": {"warmup": 2},
+        "teacache": {"threshold": 0.3}, "dbcache": {"front": 1, "warmup": 1, "order": 2}, "easycache": {"warmup": 2},
+    }  # fmt: skip
     if name == "plain":
         plan = plain
     elif name == "guided":
         plan = Plan.uniform(model, 6, compute=compute, guidance=2.0)
+    elif name == "pool":
+        plan = Plan.uniform(model, 6, compute=replace(compute, tokens=Pool.of(2, 4)))
     elif name == "weak":
         plan = Plan.weak_to_powerful(model, 6, weak_steps=3, weak=weak, powerful=compute, guidance=2.0)
     else:

@@ -93,6 +93,7 @@ class Call:
             residual = gate.signal == "residual"
             signal = state[0] - before[0] if residual else self.model.norm(gate.probe, state, context)[0]
             hit, memory = self._decide(gate, signal)
+        del before  # not held while the rest runs
         if all(hit):
             return self._hit(x, state, context, None)
         if not any(hit):
@@ -258,6 +259,7 @@ class Call:
                 dense, state = state[0], (means, *state[1:])
             elif isinstance(op, SpreadTokens):
                 state = (dense + copied_back(state[0] - means, self._tokens.grid, op.window), *state[1:])
+                del dense, means
             elif isinstance(op, Mark):
                 marks[op.site] = state
             else:

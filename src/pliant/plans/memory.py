@@ -17,7 +17,7 @@ from pliant.compute.cost import parameter_count
 from pliant.compute.lowering import Slot, write_slots
 from pliant.compute.sites import parse_sites
 from pliant.compute.spent import in_two_factors
-from pliant.compute.tokens import Merge, Subset
+from pliant.compute.tokens import Merge, Pool, Subset
 from pliant.denoiser import Denoiser
 from pliant.models.kernels import attention_scratch
 from pliant.models.precision import resolve_precision
@@ -85,6 +85,10 @@ def plan_memory(plan: Plan, model: Denoiser, batch: int) -> Memory:
                     place = (key, slot, stream)
                     kept[place] = min(kept.get(place, 0) + batch * size, depth * batch * size)
             here = rows * shape.tokens * shape.width * item
+            gate = compute.gate
+            if gate is not None:  # the signal that the next one is compared with, or states and outputs in float32
+                numbers = shape.tokens * shape.patch_volume * (2 * shape.in_channels + shape.out_channels)
+                kept[key, gate.memory, call.streams] = 4 * rows * numbers if gate.signal == "output" else here
             scores = attention_scratch(rows, shape.heads, *_attended(shape, compute)) if splits and item == 2 else 0
             widest = max(here * _widest(shape, compute), here * IN_ATTENTION + scores)
             activations = max(activations, round(widest) + rows * row * (rows > 1))
@@ -165,13 +169,17 @@ def _widest(shape: TransformerShape, compute: Compute) -> float:
 
     In attention `IN_ATTENTION`. In the MLP: the block's input, the new state, its normalised form and the hidden
     features (GELU is fused into the product that makes them, except where increments keep both sides of it). Written
-    spans hold the state where they begin, and their change.
+    spans hold the state where they begin, and without a gate the first one, as do calls that average or choose tokens
+    and gates on the output.
     """
     ratio = shape.mlp_hidden / shape.width
     widest = max(IN_ATTENTION, 3.0 + ratio * (shape.mlp_linears - 1))  # both first linears of a gated MLP
     if compute.increment is not None:
         widest = max(widest, 4.0 + 2.0 * ratio)
-    return widest + (len(compute.spans) + 1 if compute.spans else 0)
+    held = {first for first, _ in compute.spans}
+    if isinstance(compute.tokens, Pool | Subset) or (compute.gate.signal == "output" if compute.gate else held):
+        held.add(0)
+    return widest + len(held)
 
 
 def _attended(shape: TransformerShape, compute: Compute) -> tuple[int, int]:

@@ -280,7 +280,7 @@ def test_other_bad_input_is_refused() -> None:
         Stream(model, Plan.uniform(model, 2, "ddim", guidance=2.0))
     plan = levels_plan(model, LEVELS)
     skipping = plan.with_steps([*plan.steps[:-1], replace(plan.steps[-1], compute=Compute(sites="R2K2"))])
-    with pytest.raises(PlanError, match="step 3 skips, keeps or reuses"):
+    with pytest.raises(PlanError, match="step 3 does not run the whole network on the state"):
         Stream(model, skipping)
     with pytest.raises(ConfigError, match="class 9 does not exist"):
         Stream(model, LEVELS, 9)
@@ -292,3 +292,14 @@ def test_other_bad_input_is_refused() -> None:
         Stream(model, LEVELS).push(torch.zeros(3, 8, 8))
     with pytest.raises(ConfigError, match="start below t=1"):
         Stream(model, (1.0, 0.5), 0, StreamGuidance("self", delta=0.5))
+
+
+def test_a_scale_is_refused_with_its_step() -> None:
+    """Rows of a stream are calls on the state itself."""
+    from pliant.compute import LowBand
+
+    model = tiny_denoiser()
+    plan = levels_plan(model, [0.6, 0.3])
+    low = plan.with_steps(replace(s, compute=Compute(scale=LowBand.of(2))) for s in plan.steps)
+    with pytest.raises(PlanError, match=r"step 0 does not run the whole network on the state .*scale 1/2"):
+        Stream(model, low)

@@ -100,9 +100,9 @@ def levels_of(plan: Plan, model: Denoiser) -> tuple[Level, ...]:
     for i, step in enumerate(plan.steps):
         if step.guidance is not None:
             raise PlanError(f"step {i} carries guidance; a stream has its own: take it out of the plan")
-        if not step.compute.plain:
+        if not step.compute.plain or step.compute.scale is not None or step.compute.refine:
             raise PlanError(
-                f"step {i} skips, keeps or reuses parts of the network ({step.compute.describe()}); the steps of a "
+                f"step {i} does not run the whole network on the state ({step.compute.describe()}); the steps of a "
                 f"stream belong to different frames, so each is a whole call: choose patch, exit and precision only"
             )
     program = plan.program(model)
