@@ -5,6 +5,7 @@ except the last test, which only asks that measuring gives a complete table.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import replace
 from itertools import pairwise
@@ -258,9 +259,13 @@ def test_misunderstood_units_are_refused_with_examples(text, words) -> None:
 
 
 def test_a_budget_is_one_number() -> None:
-    for bad in ({}, {"share": 0.5, "seconds": 1.0}, {"seconds": 0.0}, {"seconds": 1.0, "batch": 0}):
+    infinite = ({"flops": math.inf}, {"seconds": math.nan}, {"share": 1.5})
+    for bad in ({}, {"share": 0.5, "seconds": 1.0}, {"seconds": 0.0}, {"seconds": 1.0, "batch": 0}, *infinite):
         with pytest.raises(PlanError):
             Budget(**bad)
+    for text in ("1e400 FLOP", "1e999 s", "1e308 TFLOP"):  # what a float cannot hold
+        with pytest.raises(PlanError, match="budget"):
+            parse_budget(text)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -6,6 +6,7 @@ Every planner asks the same two questions of a budget: how much may be spent (`l
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -51,8 +52,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         given = [v for v in (self.share, self.flops, self.seconds) if v is not None]
-        if len(given) != 1 or not given[0] > 0:
-            raise PlanError(f"a budget is one positive number: {EXAMPLES}")
+        if len(given) != 1 or not 0 < given[0] < math.inf:
+            raise PlanError(f"a budget is one positive finite number: {EXAMPLES}")
+        if self.share is not None and self.share > 1:
+            raise PlanError(f"a budget of {100 * self.share:g}% is more than full compute; give at most 100%")
         if not isinstance(self.batch, int) or self.batch < 1:
             raise PlanError(f"a time is for a number of images, at least 1; got {self.batch!r}")
 
@@ -129,7 +132,7 @@ def parse_budget(value: float | str | Budget) -> Budget:
         number = float(match.group(1)) if match else 0.0
     except ValueError:
         match, number = None, 0.0
-    if not match or number <= 0:
+    if not match or not 0 < number < math.inf:
         raise PlanError(f"cannot read the budget {text!r}{_hint(text)}; write {EXAMPLES}")
     unit, images = match.group(2).lower(), match.group(3)
     if unit in _TIMES:
