@@ -43,7 +43,7 @@ LOOSE = ("output", "device", "budgets", "techniques", "without", "again", "auto_
 """Options that may change when a run is resumed; a row of `auto` says how many plans it measured."""
 SETS = 3
 FIRST_SEED = 2_000_000
-"""Of the sets that rows are measured on: planners confirm their finalists on seeds from 1,000,000."""
+"""Of the sets that rows are measured on: planners confirm their finalists on seeds from 1,000,000,000."""
 SOLVERS = ("dpmpp-2m", "unipc-3", "dpmpp-3m", "deis-2")
 SEARCHED = ("s3", "autodiffusion", "flexiffusion")
 DIRECT = ("weak-split", "boss", "gits", "oss", "olss", "dc-solver", "ld3", "spectral", "joint")

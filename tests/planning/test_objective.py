@@ -6,10 +6,12 @@ import torch
 import pliant
 from pliant.errors import PlanError
 from pliant.evaluation import get_extractor, load_reference
+from pliant.evaluation.images import from_uint8, to_uint8
 from pliant.planning import (
     Candidate,
     FrechetObjective,
     PlanResult,
+    RelativeObjective,
     SampleError,
     Score,
     TeacherSettings,
@@ -18,7 +20,11 @@ from pliant.planning import (
     frontier,
     get_planner,
 )
+from pliant.planning.distribution import FRESH, MEASURED
+from pliant.planning.request import Request
+from pliant.planning.searching import planner_seeds
 from pliant.plans import Plan, PlanCost, weak_to_powerful
+from support.networks import tiny_denoiser
 
 MODEL = pliant.load("digits")
 TEACHER = TeacherSettings(steps=40, guidance=1.5)
@@ -86,6 +92,39 @@ def test_distances_between_distributions() -> None:
     fresh = objective.on_fresh_seeds(40, repeat=2)
     assert fresh.num == 40 and fresh.first_seed == 1_000_000_080
     assert frechet()(fine) == good, "deterministic by seed"
+
+
+def test_more_classes_than_half_the_images_can_be_measured() -> None:
+    """256 images of 1000 classes are 256 groups of one: every search on such a model failed."""
+    model = tiny_denoiser(in_channels=3, num_classes=1000)
+    relative = RelativeObjective(model, Plan.uniform(model, 4), num=40)
+    score = relative(Plan.uniform(model, 2))
+    assert 0 < score.low < score.value < score.high
+    assert relative.difference(Plan.uniform(model, 1), Plan.uniform(model, 2)).value > 0
+
+
+def test_latents_are_not_cut_like_images() -> None:
+    """Latents of a size that 8-bit images do not have must not all look alike."""
+    model = tiny_denoiser(in_channels=4)
+    relative = RelativeObjective(model, Plan.uniform(model, 4), num=40)
+    assert relative.describe()["latents"] == "divided by 4" == relative.on_first(20).describe()["latents"]
+    assert relative.decode is not None and relative.starting_at(7).decode is relative.decode
+    latents = torch.full((1, 4, 8, 8), 1.5)
+    a, b = (relative.extractor(from_uint8(to_uint8(relative.decode(k * latents)))) for k in (1.0, 2.0))
+    assert float((a - b).abs().max()) > 0.1
+    assert RelativeObjective(MODEL, plan(2), num=20).decode is None, "images stay as they are"
+
+
+@pytest.mark.parametrize("seed", [0, 8_999, 9_000, 999_999, 1_000_000, 10**12])
+def test_searches_confirmations_and_frontiers_share_no_image(seed: int) -> None:
+    """Seed 9000 of a planner, and 1,000,000 of its proxy, were those that confirm."""
+    drawn = [s for purpose in range(3) for s in planner_seeds(seed, 200, purpose)]
+    drawn += list(Request(MODEL, 0.5, seed=seed).sample_error().seeds)
+    later = range(FRESH, 10 * FRESH)  # confirmations and frontiers, of any number of images
+    assert not any(s in later for s in drawn)
+    assert len(set(drawn[:600])) == 600
+    fresh, measured = frechet().on_fresh_seeds(repeat=3), frechet().starting_at(MEASURED)
+    assert max(fresh.seeds) < min(measured.seeds)
 
 
 def cost(flops: int) -> PlanCost:

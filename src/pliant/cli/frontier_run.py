@@ -64,6 +64,7 @@ def prepare(
     from pliant.cli.models import open_model, weights_hash
     from pliant.evaluation import get_extractor, load_reference
     from pliant.planning import FrechetObjective
+    from pliant.planning.distribution import MEASURED
     from pliant.plans import Plan
 
     opened = open_model(model, format, option, device)
@@ -90,7 +91,7 @@ def prepare(
         "autoencoder": decode,
         "pliant": __version__,
     }
-    objectives = tuple(first.on_fresh_seeds(num, k) for k in range(repeats))
+    objectives = tuple(first.starting_at(MEASURED + k * num) for k in range(repeats))
     return Run(opened, full, limits, guidance, objectives, facts, out), network, real
 
 
@@ -211,7 +212,7 @@ def measure(run: Run, entries: Sequence[Entry], cache: Path, rounds: int) -> tup
     done = 0.0
     with progress("measuring plans") as advance:
         for (key, objective), flops in zip(missing, work, strict=True):
-            store.measure(unique[key], objective.on_fresh_seeds(repeat=run.objectives.index(objective)))
+            store.measure(unique[key], objective.starting_at(objective.first_seed))  # whose features are not kept
             done += flops
             advance(round(1000 * done / sum(work)), 1000)
     if untimed:

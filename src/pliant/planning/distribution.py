@@ -24,7 +24,15 @@ from pliant.planning.teacher import labels_of
 from pliant.plans import AnyPlan, sample
 
 FRESH = 1_000_000_000
-"""Where the seeds of confirmations begin: no planner draws there."""
+"""Where the seeds of confirmations begin: no search draws there (`apart`)."""
+MEASURED = 2 * FRESH
+"""Where the seeds of frontiers begin: what a planner finds is not even confirmed there."""
+
+
+def apart(first: int) -> int:
+    """Where a search's images begin that would begin at `first`: there, or where that is not well below `FRESH`, far
+    above everything that confirms or measures."""
+    return first if first < FRESH - 1_000_000 else first + 10 * FRESH
 
 
 class FrechetObjective(Remembered):
@@ -70,10 +78,14 @@ class FrechetObjective(Remembered):
         }
 
     def on_fresh_seeds(self, num: int | None = None, repeat: int = 0) -> FrechetObjective:
-        """The same measure on images that no planner has seen; each `repeat` has seeds of its own."""
+        """The same measure on images that no search has seen; each `repeat` has seeds of its own."""
         num = num or self.num
-        first = FRESH + repeat * num
-        return FrechetObjective(self.model, self.reference, self.extractor, num, first, self.batch, self.decode)
+        return self.starting_at(FRESH + repeat * num, num)
+
+    def starting_at(self, first_seed: int, num: int | None = None) -> FrechetObjective:
+        """The same measure on `num` images (default: as many) from this seed on; nothing is remembered."""
+        num = num or self.num
+        return FrechetObjective(self.model, self.reference, self.extractor, num, first_seed, self.batch, self.decode)
 
     def features(self, plan: AnyPlan) -> Tensor:
         """(num, D) features of the plan's images, sampled when first needed."""
@@ -89,7 +101,9 @@ class FrechetObjective(Remembered):
         return self._features[key]
 
     def measure(self, plan: AnyPlan) -> Score:
-        found = bootstrap_interval(self.features(plan), self.reference.statistics, LEVEL, groups=self.labels)
+        # Where most classes have one image, as 256 of 1000 classes, there is nothing to resample within a class.
+        groups = self.labels if self.num >= 2 * len(self.labels.unique()) else None
+        found = bootstrap_interval(self.features(plan), self.reference.statistics, LEVEL, groups=groups)
         return Score(found.value, max(0.0, found.low), found.high, self.num)
 
     def difference(self, plan: AnyPlan, other: AnyPlan) -> Score:

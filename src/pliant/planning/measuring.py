@@ -1,6 +1,7 @@
 """Plans measured for a frontier: quality kept in files by what decides it, seconds in turns.
 
-Quality is a Fréchet distance on seeds that no planner has seen (`distribution.FRESH`), the same for every plan.
+Quality is a Fréchet distance on seeds that no planner has seen, not even to confirm what it found
+(`distribution.MEASURED`), the same for every plan.
 """
 
 from __future__ import annotations

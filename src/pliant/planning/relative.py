@@ -7,18 +7,23 @@ whether that distribution is a good one.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pliant.denoiser import Denoiser
 from pliant.evaluation import FeatureExtractor, FeatureStatistics, Reference, extract, to_uint8
-from pliant.planning.distribution import FRESH, FrechetObjective
+from pliant.planning.distribution import FrechetObjective
 from pliant.planning.teacher import labels_of
 from pliant.plans import Plan, sample
 
 GRID, BANDS = 4, 6
+REACH = 4.0
+"""Latents are about normal and images end at 1: latents are divided by this before they are made 8-bit."""
+Decode = Callable[[Tensor], Tensor]
 
 
 class PooledFeatures:
@@ -48,8 +53,19 @@ class PooledFeatures:
         return torch.cat([cells, 0.1 * torch.stack(means, -1).add(1e-4).log().flatten(1)], 1)
 
 
+def within_reach(latents: Tensor) -> Tensor:
+    """Latents as 8-bit images can hold them: cut at +-REACH instead of +-1."""
+    return latents / REACH
+
+
 def teacher_features(
-    model: Denoiser, plan: Plan, extractor: FeatureExtractor, num: int, first_seed: int = 0, batch: int = 256
+    model: Denoiser,
+    plan: Plan,
+    extractor: FeatureExtractor,
+    num: int,
+    first_seed: int = 0,
+    batch: int = 256,
+    decode: Decode | None = None,
 ) -> Tensor:
     """(num, D) features of a plan's samples, seeds first_seed, first_seed + 1, ..., classes in turn."""
     every = range(first_seed, first_seed + num)
@@ -57,6 +73,7 @@ def teacher_features(
     parts = []
     for start in range(0, num, batch):
         images = sample(model, plan, labels[start : start + batch], every[start : start + batch], batch)
+        images = images if decode is None else decode(images)
         parts.append(extract(extractor, [to_uint8(images.float().cpu())]))
     return torch.cat(parts)
 
@@ -80,7 +97,8 @@ class RelativeObjective(FrechetObjective):
     """Fréchet distance to the samples of `full` from the same seeds (Flexiffusion's rFID, arXiv 2409.17566).
 
     extractor: None for `PooledFeatures`, which needs no weights. `full` itself scores 0. features: (num, D) of `full`'s
-    samples, where they are known.
+    samples, where they are known. decode: latents -> images; None for `PooledFeatures` of latents as they are
+    (`within_reach`).
     """
 
     def __init__(
@@ -91,27 +109,35 @@ class RelativeObjective(FrechetObjective):
         num: int = 256,
         first_seed: int = 0,
         features: Tensor | None = None,
+        decode: Decode | None = None,
     ) -> None:
         extractor = extractor or PooledFeatures(model.config.in_channels)
+        if decode is None and isinstance(extractor, PooledFeatures) and model.config.in_channels not in (1, 3):
+            decode = within_reach
         begun = perf_counter()
         if features is None:
-            features = teacher_features(model, full, extractor, num, first_seed)
+            features = teacher_features(model, full, extractor, num, first_seed, decode=decode)
         reference = teacher_reference(model, full, extractor, features, first_seed)
         self.seconds = perf_counter() - begun
         """What sampling full compute took."""
-        super().__init__(model, reference, extractor, num, first_seed)
+        super().__init__(model, reference, extractor, num, first_seed, decode=decode)
         self.full = full
 
     @property
     def name(self) -> str:
         return f"relative {super().name}"
 
-    def on_fresh_seeds(self, num: int | None = None, repeat: int = 0) -> RelativeObjective:
-        num = num or self.num
-        return RelativeObjective(self.model, self.full, self.extractor, num, FRESH + repeat * num)
+    def describe(self) -> dict[str, Any]:
+        seen = {"latents": f"divided by {REACH:g}"} if self.decode is within_reach else {}
+        return {**super().describe(), **seen}
+
+    def starting_at(self, first_seed: int, num: int | None = None) -> RelativeObjective:
+        return RelativeObjective(
+            self.model, self.full, self.extractor, num or self.num, first_seed, decode=self.decode
+        )
 
     def on_first(self, num: int) -> RelativeObjective:
         """The same on the first `num` of these seeds."""
         known = self.reference.features
         features = None if known is None else known[:num]
-        return RelativeObjective(self.model, self.full, self.extractor, num, self.first_seed, features)
+        return RelativeObjective(self.model, self.full, self.extractor, num, self.first_seed, features, self.decode)

@@ -9,6 +9,7 @@ from functools import update_wrapper
 from typing import Any, TypeAlias
 
 from pliant.denoiser import Denoiser
+from pliant.planning.distribution import apart
 from pliant.planning.objective import Objective
 from pliant.planning.proxies import SampleError
 from pliant.planning.racing import Effort
@@ -40,7 +41,7 @@ class Request:
 
     def sample_error(self) -> SampleError:
         """The cheap judge where none was given: the error to a converged teacher's samples, of 32 seeds."""
-        first = self.seed * 1000
+        first = apart(self.seed * 1000)
         return SampleError(self.model, TeacherSettings(guidance=self.guidance), range(first, first + 32))
 
 

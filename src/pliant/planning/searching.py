@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pliant.planning.distribution import apart
 from pliant.planning.dynamic_programming import Route
 from pliant.planning.field import Mode, ModelField
 from pliant.planning.proxies import SampleError
@@ -40,8 +41,9 @@ class Search:
 
 
 def planner_seeds(seed: int, count: int, purpose: int = 0) -> list[int]:
-    """Seeds of images that a planner looks at: apart for every seed and purpose, and from those that people choose."""
-    first = 100_000_000 + seed * 100_000 + purpose * 10_000
+    """Seeds of images that a planner looks at: apart for every seed and purpose, from those that people choose, and from
+    those that confirm."""
+    first = apart(100_000_000 + seed * 100_000) + purpose * 10_000
     return list(range(first, first + count))
 
 
