@@ -41,8 +41,8 @@ class Search:
 
 
 def planner_seeds(seed: int, count: int, purpose: int = 0) -> list[int]:
-    """Seeds of images that a planner looks at: apart for every seed and purpose, from those that people choose, and from
-    those that confirm."""
+    """Seeds of images that a planner looks at: apart for every seed and purpose, from those that people choose and
+    from those that confirm."""
     first = apart(100_000_000 + seed * 100_000) + purpose * 10_000
     return list(range(first, first + count))
 
