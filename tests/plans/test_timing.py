@@ -158,6 +158,19 @@ def test_gates_give_two_bounds(make) -> None:
     assert exact.least == exact.seconds and exact.seconds < found.seconds
 
 
+def test_every_memory_of_a_gate_begins_with_a_full_call(make) -> None:
+    """Where guidance switches off and on, the guided calls remember apart from the others."""
+    model = make()
+    prices = Prices(synthetic_table(model), model)
+    gated = Plan.uniform(model, 8, "ddim").cached(model, "fbc", threshold=0.1)
+    guided = gated.with_steps(replace(s, guidance=Guidance(2.0) if i % 2 else None) for i, s in enumerate(gated.steps))
+    found = prices.plan(guided)
+    seconds = {}
+    for call in (Call(gated.steps[1].compute, ("cond",)), Call(gated.steps[1].compute, ("cond", "null"))):
+        seconds[call.streams] = prices.call(call) - prices.call(call, hit=True)
+    assert found.seconds - found.least == pytest.approx(3 * sum(seconds.values()))
+
+
 def test_fewer_tokens_take_less(make) -> None:
     model = make()
     prices = Prices(synthetic_table(model), model)

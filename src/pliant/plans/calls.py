@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
 from pliant.compute import Compute
@@ -37,6 +38,15 @@ class Call(NamedTuple):
         if model.guide is None:
             raise PlanError("guidance is against a guide and this model has none; see Denoiser.autoguided")
         return model.guide
+
+
+def gate_memory(call: Call, model: Denoiser) -> Hashable | None:
+    """Which memory the call's gate has within a request, None without a gate. The first call of each cannot reuse."""
+    gate = call.compute.gate
+    if gate is None:
+        return None
+    own, compute = call.model(model), call.compute
+    return gate.memory, call.streams, own.patch_of(compute), own.exit_of(compute), compute.scale
 
 
 def evaluation_calls(compute: Compute, guidance: Guidance | None) -> list[Call]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pliant.compute import MATMUL, Compute, Convention
 from pliant.denoiser import Denoiser
 from pliant.guidance import Guidance
-from pliant.plans.calls import calls_of, evaluation_calls
+from pliant.plans.calls import calls_of, evaluation_calls, gate_memory
 
 if TYPE_CHECKING:
     from pliant.plans.memory import Memory
@@ -117,7 +117,7 @@ def plan_cost(
             step_flops[evaluation.step] += len(call.streams) * most
             if gate is not None:
                 # The first call of all that share a memory has nothing to compare with.
-                memory = gate.memory, call.streams, own.patch_of(compute), own.exit_of(compute), compute.scale
+                memory = gate_memory(call, model)
                 first = memory not in seen
                 seen.add(memory)
                 if gate.never_hits or first:

@@ -29,7 +29,7 @@ from pliant.compute.lowering import (
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.models.patches import patch_name
-from pliant.plans.calls import Call, calls_of
+from pliant.plans.calls import Call, calls_of, gate_memory
 from pliant.plans.timing.curve import Curve
 from pliant.plans.timing.table import Throughput, network_kind
 from pliant.solvers import Eval, Lin, Program
@@ -76,12 +76,12 @@ class Prices:
             step, t = plan.steps[evaluation.step], evaluation.node.t
             here = sum(self.call(call, t=t) for call in calls_of(step))
             steps[evaluation.step] += here + self._around(step) + sum(networks.cold(call) for call in calls_of(step))
-            gate = step.compute.gate
-            if gate is not None:
+            for call in calls_of(step):
+                gate, memory = call.compute.gate, gate_memory(call, self.model)
                 # The first call of all that share a memory has nothing to compare with.
-                if gate.memory in seen and not gate.never_hits:
-                    saved += here - sum(self.call(call, hit=True, t=t) for call in calls_of(step))
-                seen.add(gate.memory)
+                if gate is not None and memory in seen and not gate.never_hits:
+                    saved += self.call(call, t=t) - self.call(call, hit=True, t=t)
+                seen.add(memory)
         for index, seconds in enumerate(self._updates(program)):
             steps[index] += seconds
         begin = self.outside("begin") + self._tables(plan, program)
