@@ -33,6 +33,7 @@ def _cpu_operators() -> dict[Any, Any]:
         formulas[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _attention_backward_flops
     with contextlib.suppress(AttributeError, RuntimeError):  # builds without oneDNN
         formulas[torch.ops.mkldnn._linear_pointwise] = _linear_flops
+        formulas[torch.ops.onednn.qlinear_pointwise] = _int8_linear_flops
     return formulas
 
 
@@ -41,6 +42,11 @@ def _linear_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwar
     multiplied in as well."""
     weight = args[0] if args and args[0] is not None and len(args[0]) == 2 else weight
     return 2 * math.prod(x) * int(weight[0])
+
+
+def _int8_linear_flops(x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """A linear of 8-bit codes (..., in): its packed weight does not show its shape, its output (..., out) does."""
+    return 2 * math.prod(x) * int(out_shape[-1])
 
 
 def _attention_flops(
