@@ -13,7 +13,8 @@ from pliant.planning import PLANNERS, Score
 from pliant.planning.auto import auto
 from pliant.planning.fitted_space import FittedSpace, bare, fitted, has_rows, is_fitted
 from pliant.planning.knobs import Knobs, names_for, pattern_search, turned
-from pliant.planning.plan_space import Menu, PlanSpace
+from pliant.planning.openings import openings
+from pliant.planning.plan_space import SOLVERS, Menu, PlanSpace
 from pliant.planning.refit import Fitter, Teachers
 from pliant.planning.task import Task
 from pliant.plans import Plan
@@ -48,6 +49,19 @@ def test_knobs_turn_guidance_and_times_and_nothing_else():
     assert all(a > b for a, b in zip(warped.times[1:-1], plan.times[1:-1], strict=True))
     back = turned(warped, Knobs(warp=-1.0))
     assert back.times == pytest.approx(plan.times, abs=1e-12)
+    # Their provenance says so, and not what was measured of the plan they come from.
+    told = turned(plan.noting(score=[1.0, 0.9, 1.1]), Knobs(scale=1.0)).provenance
+    assert told["knobs"] == {"scale": 1.0, "tilt": 0.0, "warp": 0.0} and "score" not in told
+    assert "knobs" not in back.provenance and "knobs" not in turned(plan, Knobs()).provenance
+
+
+def test_openings_say_what_they_are():
+    """A plan that is guided in places, or weak first, is no "uniform" one."""
+    task = Task.begin("bench", MODEL, "10%", None, 50, 1.5, 0, None)
+    for plan in openings(task, Menu.of(MODEL, task.cfg, SOLVERS[:2])):
+        told = plan.provenance
+        alike = len({(s.compute, s.guidance, s.solver) for s in plan.steps}) == 1
+        assert alike or told["preset"] != "uniform" or "guiding" in told or "caching" in told, told
 
 
 def test_only_knobs_that_change_something_are_turned():

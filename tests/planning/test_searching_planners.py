@@ -21,6 +21,7 @@ from pliant.planning.openings import openings
 from pliant.planning.plan_space import Menu, PlanSpace
 from pliant.planning.predictor import fit_ranker
 from pliant.planning.racing import cheaper
+from pliant.planning.registry import get_planner
 from pliant.planning.relative import PooledFeatures, RelativeObjective
 from pliant.planning.s3 import NAMED, features_of, s3, schedule
 from pliant.planning.task import Task
@@ -154,6 +155,38 @@ def test_auto_repeats_itself_and_resumes(tmp_path):
     assert not done.asked, "a finished search is only read"
     with pytest.raises(PlanError, match="another search"):
         auto(MODEL, "20%", objective=Judge(wants_weak_first), journal=file, **options)
+    with pytest.raises(PlanError, match="differs in options"):  # other solvers would end elsewhere
+        auto(MODEL, "10%", objective=Judge(wants_weak_first), journal=file, **{**options, "solvers": ["ddim"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("auto", {"evaluations": 20, "num": 30, "knobs": False, **FEW}),
+        ("s3", {"evaluations": 9, "finalists": 2, "predictor": False}),
+        ("dc-solver", {"samples": 8, "trials": 3, "orders": (2,)}),
+    ],
+)
+def test_settings_are_enough_to_repeat_a_search(name, given):
+    """Everything that decides stands in the result's settings, defaults too."""
+    judge = Judge(lambda plan: abs(plan.steps[-1].t - 0.31) + 0.01 * len(plan.steps))
+    found = get_planner(name)(MODEL, "8%", objective=judge, steps=40, guidance=1.5, seed=3, **given)
+    kept = json.loads(json.dumps(found.settings))
+    for key, value in given.items():
+        there = {**kept["options"], **kept.get("effort", {})}[key]
+        assert there == (list(value) if isinstance(value, tuple) else value)
+    same = {key: kept[key] for key in ("steps", "guidance", "seed")}
+    again = get_planner(name)(
+        MODEL, kept["budget"], objective=Judge(judge.value), **same, **kept["options"], **kept.get("effort", {})
+    )
+    assert again.plan.digest() == found.plan.digest() and again.settings["options"] == kept["options"]
+    assert again.evaluations == found.evaluations
+
+
+def test_autodiffusion_counts_both_stages():
+    judge = Judge(lambda plan: abs(plan.steps[-1].t - 0.31))
+    found = autodiffusion(MODEL, "10%", objective=judge, guidance=1.5, steps=40, evaluations=30)
+    assert found.settings["search"]["measured"] == len({p.digest() for p in judge.asked})
 
 
 def test_auto_runs_other_planners_first():

@@ -210,7 +210,9 @@ def test_bad_guiding_is_refused(make) -> None:  # type: ignore[no-untyped-def]
 def test_ways_to_guide_by_name(make) -> None:  # type: ignore[no-untyped-def]
     model = make()
     plan, g = Plan.uniform(model, 6, "euler"), Guidance.cfg(2.0)
-    assert guided_plan(plan, g, "every", period=2) == computed_every(plan, g, 2)
+    named = guided_plan(plan, g, "every", period=2)
+    assert named.steps == computed_every(plan, g, 2).steps
+    assert named.provenance["guiding"] == {"name": "every", "period": 2}
     projected = guided_plan(plan, g, "projected", momentum=-0.5, rescale=0.7)
     assert projected.steps[3].guidance == Guidance.cfg(2.0, rule=Projected(momentum=-0.5), rescale=0.7)
     for name, options, words in (

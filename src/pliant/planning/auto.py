@@ -24,7 +24,16 @@ from pliant.planning.knobs import Knobs, pattern_search, turned
 from pliant.planning.objective import Objective
 from pliant.planning.openings import openings
 from pliant.planning.plan_space import CACHES, SOLVERS, Menu, PlanSpace
-from pliant.planning.racing import SEARCH_SHARE, Effort, Recalled, cheaper, journal_of, search_plans, within
+from pliant.planning.racing import (
+    SEARCH_SHARE,
+    Effort,
+    Recalled,
+    cheaper,
+    journal_of,
+    measured_before,
+    search_plans,
+    within,
+)
 from pliant.planning.refit import Fitter
 from pliant.planning.relative import RelativeObjective
 from pliant.planning.request import Request, search_planner
@@ -133,7 +142,8 @@ class _Search:
             journal=self.diary,
             progress=self.task.progress,
         )
-        prepared = time.perf_counter() - begun
+        # At least what the journal says, so that a resumed search has no more time than an undisturbed one.
+        prepared = max(time.perf_counter() - begun, early.seconds + self.measure.seconds)
         # Leaders were measured already: the journal has them, so they cost nothing and may breed.
         leaders = [e.candidate for e in early.ranked][: RULES.parents]
         late = FittedSpace(inner, self.quick, 0.3 if self.fit else 0.0)
@@ -152,14 +162,9 @@ class _Search:
             improve=lambda plans, full: self.improved(plans, full, trials),
             cheap=self.cheap,
         )
-        return self.told(found, len(early.history) - len(leaders), early.seconds, cfg)
-
-    def told(self, found: PlanResult, measured: int, seconds: float, cfg: Guidance | None) -> PlanResult:
-        """With what was measured before the last stage, and how far guidance goes."""
-        facts = dict(found.settings["search"])
-        facts.update(measured=facts["measured"] + measured, seconds=facts["seconds"] + seconds)
-        facts["scale"] = None if cfg is None else cfg.scale
-        return replace(found, settings={**found.settings, "search": facts}, evaluations=found.evaluations + measured)
+        found = measured_before(found, early, len(leaders))
+        facts = {**found.settings["search"], "scale": None if cfg is None else cfg.scale}
+        return replace(found, settings={**found.settings, "search": facts})
 
     # Where it starts ------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from pliant.compute.sites import format_sites
 from pliant.errors import PlanError
 from pliant.planning.evolution import Genes, Rules, evolve
 from pliant.planning.genes import Record, Steps
-from pliant.planning.racing import cheaper, journal_of, search_plans, within
+from pliant.planning.racing import cheaper, journal_of, measured_before, search_plans, within
 from pliant.planning.request import Request, search_planner
 from pliant.planning.result import PlanResult
 from pliant.planning.s3 import grids_of
@@ -134,7 +134,7 @@ def autodiffusion(
         rest = max(1, effort.evaluations - len(early.history)) if limit else len(early.history)
         gene = Steps(Record({"sites": Skipped(sites, limit)}), max(1, count - 1), room, **moved)
         best = [e.candidate for e in early.ranked[: RULES.parents]]
-        return search_plans(
+        found = search_plans(
             task,
             judge,
             Genes(gene if limit else times_only, mend),
@@ -146,5 +146,6 @@ def autodiffusion(
             journal=with_own,
             spent=early.seconds,
         )
+        return measured_before(found, early, len(best))
     finally:
         with_own.close()

@@ -7,7 +7,7 @@ spread are better found by steps along each of them, doubled back and halved, on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from pliant.errors import PliantError
 from pliant.planning.objective import Score
@@ -52,7 +52,10 @@ def turned(plan: Plan, knobs: Knobs) -> Plan:
         factor = 2.0 ** (knobs.scale + knobs.tilt * noise)
         return replace(step, guidance=replace(step.guidance, scale=1.0 + factor * (step.guidance.scale - 1.0)))
 
-    return plan.with_steps(warped([guided(s) for s in plan.steps], plan.end, 2.0**knobs.warp))
+    steps = warped([guided(s) for s in plan.steps], plan.end, 2.0**knobs.warp)
+    before = plan.provenance.get("knobs", {})
+    told = {name: value + before.get(name, 0.0) for name, value in asdict(knobs).items()}
+    return plan.with_steps(steps).noting(knobs=told if any(told.values()) else None)
 
 
 def pattern_search(

@@ -77,7 +77,9 @@ def layouts(task: Task, menu: Menu) -> list[list[Layout]]:
         return lambda n: guided_part(Plan.uniform(model, n, solver, guidance=cfg), *interval)
 
     def every(guidance: Guidance, period: int) -> Layout:
-        return lambda n: computed_every(Plan.uniform(model, n, solver, guidance=guidance), guidance, period)
+        return lambda n: computed_every(Plan.uniform(model, n, solver, guidance=guidance), guidance, period).noting(
+            guiding={"name": "every", "period": period}
+        )
 
     def cached(cache: dict[str, Any]) -> Layout:
         return lambda n: Plan.uniform(model, n, solver, guidance=cfg).cached(model, **cache)
@@ -103,7 +105,7 @@ def guided_part(plan: Plan, first: float, last: float) -> Plan:
     n = len(plan.steps)
     return plan.with_steps(
         replace(s, guidance=s.guidance if first * n <= k < last * n else None) for k, s in enumerate(plan.steps)
-    )
+    ).noting(guiding={"name": "steps", "first": first, "last": last})
 
 
 def weak_first(plan: Plan, weak: Compute, share: float) -> Plan:
@@ -114,4 +116,5 @@ def weak_first(plan: Plan, weak: Compute, share: float) -> Plan:
         g = step.guidance
         return replace(step, compute=weak, guidance=None if g is None else replace(g, compute=None))
 
-    return plan.with_steps(weakened(s) if k < count else s for k, s in enumerate(plan.steps))
+    steps = (weakened(s) if k < count else s for k, s in enumerate(plan.steps))
+    return plan.with_steps(steps).noting(preset="weak-first", weak_steps=count)

@@ -74,8 +74,7 @@ def journal_of(task: Task, effort: Effort, **about: Any) -> Journal:
     """The search's diary, which only the same search on the same model may continue."""
     if effort.journal is None:
         return Journal()
-    facts = {k: v for k, v in task.settings.items() if k not in ("evaluations", "seconds")}
-    about = {"planner": task.planner, "model": task.model.fingerprint(), **facts, "num": effort.num, **about}
+    about = {"planner": task.planner, "model": task.model.fingerprint(), **task.settings, "num": effort.num, **about}
     return Journal(effort.journal, about)
 
 
@@ -149,6 +148,14 @@ def search_plans(
     finally:
         if journal is None:
             own.close()
+
+
+def measured_before(found: PlanResult, early: Evolved, again: int) -> PlanResult:
+    """A result that counts an earlier stage too, of which `again` candidates were looked up in the last one."""
+    count = len(early.history) - again
+    facts = dict(found.settings["search"])
+    facts.update(measured=facts["measured"] + count, seconds=facts["seconds"] + early.seconds)
+    return replace(found, settings={**found.settings, "search": facts}, evaluations=found.evaluations + count)
 
 
 def finalists(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import update_wrapper
 from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
 
 from pliant.denoiser import Denoiser
 from pliant.planning.distribution import apart
@@ -16,7 +20,7 @@ from pliant.planning.racing import Effort
 from pliant.planning.result import PlanResult, Progress
 from pliant.planning.task import Task
 from pliant.planning.teacher import TeacherSettings
-from pliant.plans import Budget
+from pliant.plans import Budget, Plan, RoutedPlans
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,18 +35,40 @@ class Request:
     seed: int = 0
     progress: Progress | None = None
     effort: Effort = field(default_factory=Effort)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The planner's own, as given or by default, for its result's settings."""
 
     def task(self, planner: str, **settings: Any) -> Task:
-        """The planner's task; settings: facts that identify the search besides these."""
+        """The planner's task; settings: facts that identify the search besides these and the options."""
+        told = {"options": {name: in_json(value) for name, value in self.options.items()}} if self.options else {}
         return Task.begin(
             planner, self.model, self.budget, self.objective, self.steps, self.guidance, self.seed, self.progress,
-            **settings,
+            **told, **settings,
         )  # fmt: skip
 
     def sample_error(self) -> SampleError:
         """The cheap judge where none was given: the error to a converged teacher's samples, of 32 seeds."""
         first = apart(self.seed * 1000)
         return SampleError(self.model, TeacherSettings(guidance=self.guidance), range(first, first + 32))
+
+
+def in_json(value: Any) -> Any:
+    """An option as settings keep it: plans by their digest, tensors by their content, other objects as they say."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (Plan, RoutedPlans)):
+        return value.digest()
+    if isinstance(value, Mapping):
+        return {str(k): in_json(v) for k, v in value.items()}
+    if isinstance(value, Tensor):
+        content = value.detach().to("cpu", torch.float64).contiguous().numpy().tobytes()
+        return {"shape": list(value.shape), "sha256": hashlib.sha256(content).hexdigest()}
+    if isinstance(value, Sequence):
+        return [in_json(v) for v in value]
+    for name in ("to_config", "to_dict", "describe"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return type(value).__name__
 
 
 def _shared(
@@ -99,7 +125,11 @@ def _public(inner: Callable[..., PlanResult], effort: Mapping[str, inspect.Param
         request = _shared(**{name: given.pop(name) for name in shared})
         if effort:
             request = replace(request, effort=Effort(**{name: given.pop(name) for name in effort}))
-        return inner(request, **given)
+        result = inner(replace(request, options=dict(given)), **given)
+        if not effort:
+            return result
+        told = {k: v for k, v in asdict(request.effort).items() if k != "journal"}
+        return replace(result, settings={**result.settings, "effort": told})
 
     update_wrapper(public, inner)
     public.__signature__ = signature  # type: ignore[attr-defined]

@@ -117,7 +117,7 @@ def guided_plan(plan: Plan, guidance: Guidance, name: str, **options: Any) -> Pl
     if name in RULES and name != "zero":
         rescale = options.pop("rescale", 0.0)
         every = replace(guidance, rule=rule_from_dict({"name": name, **options}), rescale=rescale)
-        return plan.with_steps(replace(s, guidance=every) for s in plan.steps)
+        return plan.with_steps(replace(s, guidance=every) for s in plan.steps).noting(guiding={"name": name, **options})
     known = [*GUIDING, *(rule for rule in RULES if rule != "zero")]
     if name not in GUIDING:
         raise PlanError(f"unknown way to guide {name!r}; {suggest(name, known)}")
@@ -130,4 +130,4 @@ def guided_plan(plan: Plan, guidance: Guidance, name: str, **options: Any) -> Pl
             raise PlanError(f"guiding {name!r} has {option} {options[option]!r}; expected a number")
         if option in ("period", "first", "still") and not isinstance(options[option], int):
             raise PlanError(f"guiding {name!r} has {option} {options[option]!r}; expected a whole number")
-    return function(plan, guidance, **options)
+    return function(plan, guidance, **options).noting(guiding={"name": name, **options})

@@ -131,8 +131,17 @@ class Plan:
         return plan
 
     def with_steps(self, steps: Iterable[Step]) -> Plan:
-        """The same plan with other steps."""
-        return replace(self, steps=tuple(steps))
+        """The same plan with other steps; what was measured of this one, "score" of its provenance, does not go along.
+        """
+        changed = replace(self, steps=tuple(steps))
+        if changed.steps == self.steps or "score" not in self.provenance:
+            return changed
+        return changed.noting(score=None)
+
+    def noting(self, **facts: Any) -> Plan:
+        """The same plan with more in its provenance; None takes a fact away."""
+        noted = {**self.provenance, **facts}
+        return replace(self, provenance={k: v for k, v in noted.items() if v is not None})
 
     def cached(self, model: Denoiser, name: str, calibrate: int | None = None, **options: Any) -> Plan:
         """This plan with a caching preset, e.g. `plan.cached(model, "teacache", threshold=0.2)`.
