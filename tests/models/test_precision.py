@@ -219,6 +219,17 @@ def test_quantising_rounds_to_the_nearest_code(seed: int, magnitude: float, bf16
     assert (weight.double() * scales[:, None].double() - x.double()).abs().max() <= scales.max() * (0.5 + 1e-4)
 
 
+def test_every_output_feature_has_a_scale_of_its_own() -> None:
+    """Rows whose sizes differ a hundredfold: the error of one scale for all is at least twice as large (sheet E, 4)."""
+    sizes = torch.logspace(-2, 0, 32)[:, None]
+    weight = sizes * torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    codes, scales = quantized_rows(weight, 127)
+    assert scales.shape == (32,) and torch.equal(scales, weight.abs().amax(1) / 127)
+    one = weight.abs().max() / 127
+    ours = (codes * scales[:, None] - weight).square().mean()
+    assert 2 * ours < ((weight / one).round() * one - weight).square().mean()
+
+
 def test_large_inputs_are_quantised_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 5, 7).transpose(0, 2)  # not contiguous either
     whole, scale = quantized_input(x)  # type: ignore[misc]
