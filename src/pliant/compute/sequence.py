@@ -80,7 +80,7 @@ def _check_thresholds(calls: Sequence[PlannedCall]) -> None:
     for found in places.values():
         gate, changes = found[0].compute.gate, len(found) - 1
         assert gate is not None
-        each = max(gate.rescaled(share / 16) for share in range(17))
+        each = max(1.0, *(gate.rescaled(share / 16) for share in range(17)))  # fits may fall where nothing was measured
         most = each * changes if gate.accumulate else each
         if changes > 0 and gate.threshold > most:
             raise PlanError(
