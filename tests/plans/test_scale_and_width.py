@@ -125,3 +125,24 @@ def test_counted_flops_of_a_smaller_grid(make) -> None:  # type: ignore[no-untyp
     network = model.low_band(compute).coarse.network
     counted = counted_flops(lambda: network(torch.zeros(1, 2, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.int64)))
     assert abs(counted / model.flops(compute) - 1) < 0.01
+
+
+def test_a_smaller_grid_may_guide(make) -> None:  # type: ignore[no-untyped-def]
+    """Guidance against the same network on a smaller grid: c + (s - 1) (c - weak)."""
+    model = make("flow", flexible=False)
+    weak = Compute(scale=LowBand.of(2), precision="fp32")
+    plan = Plan.weak_to_powerful(
+        model, 3, weak_steps=0, weak_guidance_steps=3, weak=weak, powerful=Compute(precision="fp32"),
+        guidance=2.0, solver="euler",
+    )  # fmt: skip
+    guidance = plan.steps[0].guidance
+    assert guidance is not None and guidance.against == "weak" and guidance.compute == weak
+    labels, x = torch.tensor([1, 2]), torch.randn(2, 2, 8, 8)
+    first = next(Sampler(model, plan).steps(labels, [0, 1], x=x))
+    t = plan.steps[0].t
+    full, low = model(x, t, labels).value, low_band(model, 2)(x, t, labels).value
+    velocity = full + (guidance.scale - 1.0) * (full - low)
+    torch.testing.assert_close(first.x, x + (plan.times[1] - t) * velocity, atol=2e-4, rtol=2e-4)
+    with pytest.raises(PlanError, match="as strong as the conditional one"):
+        same = Guidance.weak_model(2.0, Compute(precision="fp32"))
+        plan.with_steps(replace(s, guidance=same) for s in plan.steps).check(model)

@@ -122,7 +122,16 @@ WeakGuidanceSteps = Annotated[
         "--weak-guidance-steps", min=0, help="Powerful steps guided by the weak call instead of the null label."
     ),
 ]
-WeakPatch = Annotated[str | None, typer.Option("--weak", metavar="PATCH", help="Patch size of weak steps: 4 or 2x4.")]
+WeakKind = Annotated[
+    str | None,
+    typer.Option(
+        "--weak",
+        metavar="KIND",
+        help="What weak steps are: a patch size (4, 2x4), exit:3 (after so many blocks), or scale:ratio=2,band=dct (a "
+        "smaller grid, on any model, without training).  [default: the coarsest patch size]",
+        show_default=False,
+    ),
+]
 WeakLast = Annotated[
     bool, typer.Option("--weak-last", help="Weak steps at the end: the paper's baseline, not a good idea.")
 ]

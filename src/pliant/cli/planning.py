@@ -14,6 +14,7 @@ from pliant.cli.models import parse_patch
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pliant.compute import Compute
     from pliant.denoiser import Denoiser
     from pliant.guidance import Guidance
     from pliant.plans import AnyPlan, Budget, Plan, RoutedPlans
@@ -37,7 +38,7 @@ class PlanOptions:
     guided_channels: opt.GuidedChannels = None
     weak_steps: opt.WeakSteps = None
     weak_guidance_steps: opt.WeakGuidanceSteps = None
-    weak: opt.WeakPatch = None
+    weak: opt.WeakKind = None
     weak_last: opt.WeakLast = False
     precision: opt.PrecisionName = None
     throughput: opt.ThroughputFile = None
@@ -149,18 +150,18 @@ def made_plan(model: Denoiser, options: PlanOptions) -> Plan:
         for name, value in (("--weak-last", options.weak_last), ("--weak-guidance-steps", options.weak_guidance_steps)):
             if value:
                 raise ConfigError(f"{name} belongs to plans with weak steps: give --budget or --weak-steps too")
-        compute = Compute.of(parse_patch(options.weak)) if options.weak else Compute()
+        compute = weak_compute(options.weak) if options.weak else Compute()
         return finished(Plan.uniform(model, steps, solver, compute, _guidance(options), times))
     if options.budget is not None and options.weak_steps is not None:
         raise ConfigError("give either --budget or --weak-steps, not both")
-    weak = parse_patch(options.weak) if options.weak else weakest(model).patch
+    weak = weak_compute(options.weak) if options.weak else weakest(model)
     return Plan.weak_to_powerful(
         model,
         steps,
         None if options.budget is None else ready_budget(model, options),
         weak_steps=options.weak_steps,
         weak_guidance_steps=options.weak_guidance_steps,
-        weak=Compute.of(weak, precision=options.precision),
+        weak=replace(weak, precision=options.precision),
         powerful=Compute(precision=options.precision),
         solver=solver,
         times=times,
@@ -173,7 +174,6 @@ def made_plan(model: Denoiser, options: PlanOptions) -> Plan:
 
 def ready_budget(model: Denoiser, options: PlanOptions) -> Budget:
     """The budget; one in seconds with its throughput table, which is measured now if there is none."""
-    from pliant.compute import Compute
     from pliant.plans import parse_budget
     from pliant.plans.timing import Throughput, cached_table
     from pliant.plans.timing.measure import default_computes
@@ -188,11 +188,29 @@ def ready_budget(model: Denoiser, options: PlanOptions) -> Budget:
         return replace(budget, throughput=table)
     computes = default_computes(model, (options.precision,))
     if options.weak:
-        computes.append(Compute.of(parse_patch(options.weak), precision=options.precision))
+        computes.append(replace(weak_compute(options.weak), precision=options.precision))
     if missing_kinds(cached_table(model), model, computes):
         note("measuring how fast this machine runs the model, once; 'pliant bench' does it ahead")
     with progress("measuring") as advance:
         return replace(budget, throughput=ready_table(model, computes, advance))
+
+
+def weak_compute(text: str) -> Compute:
+    """ "4", "2x4", "exit:3", "scale", "scale:ratio=2,band=dct" -> the compute of weak steps. Raises ConfigError."""
+    from pliant.compute import Compute, LowBand
+
+    name, colon, rest = text.partition(":")
+    if name == "exit":
+        if not rest.isdecimal():
+            raise ConfigError(f"cannot read the exit in --weak {text!r}; write the blocks before it: exit:3")
+        return Compute(exit=int(rest))
+    if name == "scale":
+        config = _named(text, "scale", "scale:ratio=2,band=dct")
+        del config["name"]
+        return Compute(scale=LowBand.from_config(config))
+    if colon:
+        raise ConfigError(f"cannot read --weak {text!r}; write a patch size (4, 2x4), exit:3 or scale:ratio=2")
+    return Compute.of(parse_patch(text))
 
 
 def _guided(plan: Plan, options: PlanOptions) -> Plan:

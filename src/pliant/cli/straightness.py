@@ -37,7 +37,7 @@ def straightness(
     data: Annotated[
         str | None, typer.Option("--data", help="A data set, to measure how much its pairs with noise cross.")
     ] = None,
-    weak: opt.WeakPatch = None,
+    weak: opt.WeakKind = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="PNG of S and curvature per step.")] = None,
     batch_size: opt.BatchSize = 64,
     device: opt.Device = None,
@@ -46,14 +46,15 @@ def straightness(
     json: opt.JSON = False,
 ) -> None:
     """Straightness S of the flow (0: one Euler step is exact), transport cost, and curvature along the way."""
-    from pliant.cli.models import open_model, parse_patch
+    from pliant.cli.models import open_model
+    from pliant.cli.planning import weak_compute
     from pliant.compute import Compute
     from pliant.evaluation.straightness import straightness as measure
 
     if plot is not None and plot.suffix.lower() != ".png":
         raise ConfigError(f"--plot writes a .png, not {plot.name!r}")
     denoiser = open_model(model, format, option, device).denoiser
-    compute = Compute.of(parse_patch(weak)) if weak else None
+    compute = weak_compute(weak) if weak else None
     denoiser.patch_of(compute or Compute())
     images = _data(data, denoiser) if data else None
     with progress("trajectories") as advance:

@@ -91,8 +91,11 @@ class LowBand:
         if not isinstance(config, dict):
             raise ConfigError(f"scale is {config!r}; expected an object like {{\"ratio\": 2}}")
         fields = dict(config)
+        for name in fields:
+            if name not in LowBand.__dataclass_fields__:
+                raise ConfigError(f"a scale has no option {name!r}: {suggest(str(name), LowBand.__dataclass_fields__)}")
         spectrum = fields.pop("spectrum", None)
         try:
             return LowBand.of(**fields, spectrum=None if spectrum is None else spectrum_from_config(spectrum))
-        except TypeError as error:
-            raise ConfigError(f"low band: {error}") from None
+        except TypeError:
+            raise ConfigError(f"cannot read the scale {config!r}; expected an object like {{\"ratio\": 2}}") from None

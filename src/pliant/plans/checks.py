@@ -88,5 +88,5 @@ def check_guidance(guidance: Guidance, compute: Compute, model: Denoiser) -> Non
         )
     if guidance.against == "null":
         _ = model.null_label
-    elif replace(reference, merged=compute.merged, patch=coarser) == replace(compute, patch=patch):
+    elif coarser == patch and replace(reference, merged=compute.merged, patch=None) == replace(compute, patch=None):
         raise PlanError("weak-model guidance with a call as strong as the conditional one guides nowhere")
