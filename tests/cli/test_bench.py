@@ -54,6 +54,7 @@ def test_bench_adjusts_a_kept_table(plain: Path, run: Run) -> None:
     assert now == pytest.approx(done["pace"] * before, rel=1e-3)
     assert "times as long" in run("bench", plain, "--adjust").out
     refused(run("bench", plain, "--adjust", "--rows", 3), "leave out")
+    refused(run("bench", plain, "--adjust", "-o", "/proc/nowhere/table.json"), "could not write")
 
 
 def test_budgets_in_seconds(flexible: Path, run: Run, tmp_path: Path) -> None:

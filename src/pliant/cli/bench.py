@@ -103,10 +103,7 @@ def bench(
     file = out or cache_file(denoiser)
     if out is None and (old := cached_table(denoiser)) is not None:
         made = old.with_more(made)
-    try:
-        made.save(file)
-    except OSError as error:
-        raise PliantError(f"could not write {file}: {error.strerror or error}") from None
+    _save(made, file)
     if json:
         emit_json({"file": str(file), "seconds": time.monotonic() - began, "table": made.to_dict()})
         return
@@ -127,12 +124,19 @@ def _adjust(name: str, model: Denoiser, file: Path, json: bool) -> None:
         raise ConfigError(f"there is no table of {name} to adjust; measure it: pliant bench {name}")
     kept.check(model)
     made = adjusted(kept, model)
-    made.save(file)
+    _save(made, file)
     factor = made.measured["adjusted"] / float(kept.measured.get("adjusted", 1.0))
     if json:
         emit_json({"file": str(file), "pace": factor, "table": made.to_dict()})
         return
     print(f"plain runs now take {factor:.2f} times as long as the table said; {file} adjusted")
+
+
+def _save(made: Throughput, file: Path) -> None:
+    try:
+        made.save(file)
+    except OSError as error:
+        raise PliantError(f"could not write {file}: {error.strerror or error}") from None
 
 
 def rows_of(made: Throughput, model: Denoiser) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

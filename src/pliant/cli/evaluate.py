@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pliant.cli.models import Opened
     from pliant.plans import AnyPlan
+    from pliant.solvers import Solver
 
 EXAMPLES = """\b
 Examples:
@@ -138,6 +139,20 @@ def evaluate(
         print("no interval: give --repeats 3 or more")
 
 
+def solver_text(solver: Solver) -> str:
+    """A solver's name with the options that are not its usual ones: "ddim (eta=0.5)"."""
+    from pliant.errors import PliantError
+    from pliant.solvers import get_solver
+
+    config = solver.to_config()
+    try:
+        usual = get_solver(solver.name).to_config()
+    except PliantError:  # fitted ones have no usual options
+        return solver.name
+    options = [f"{k}={v}" for k, v in config.items() if isinstance(v, (bool, int, float, str)) and usual.get(k) != v]
+    return f"{solver.name} ({', '.join(options)})" if options else solver.name
+
+
 def default_extractor(shape: tuple[int, int, int]) -> str:
     """The extractor for images (C, H, W) where none is named."""
     return {(1, 8, 8): "digits-classifier", (3, 32, 32): "cifar10-classifier"}.get(shape, "inception")
@@ -157,7 +172,7 @@ def recipe_facts(opened: Opened, plan: AnyPlan, decoder: str | None, batch_size:
         "weights_sha256": weights_hash(denoiser),
         "plan": plan.digest(),
         "made_as": plan.provenance,
-        "solver": ", ".join(sorted({s.solver.name for s in steps})),
+        "solver": ", ".join(sorted({solver_text(s.solver) for s in steps})),
         "steps": counts[0] if len(counts) == 1 else counts,
         "NFE": cost.evaluations,
         "network_calls": cost.calls,

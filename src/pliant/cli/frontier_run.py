@@ -144,6 +144,7 @@ def planned_entries(
     """Every planner at every budget; what a search found is kept, for it may have taken long."""
     from pliant.planning import FrechetObjective, PlanResult, get_planner
     from pliant.planning.entries import Entry, Skipped
+    from pliant.plans.timing.ready import ready_table
 
     confirming = run.objectives[0]
     objective = None
@@ -155,6 +156,8 @@ def planned_entries(
     skipped: list[Skipped] = []
     for name, (text, budget) in itertools.product(names, run.budgets.items()):
         asked: dict[str, Any] = {"planner": name, "budget": text, "full": run.full.digest(), "seed": seed}
+        if budget.seconds is not None:  # a plan for a time is one for these measurements
+            asked["throughput"] = ready_table(run.opened.denoiser).to_dict()
         asked |= {
             **run.facts,
             "guidance": run.guidance,

@@ -13,8 +13,11 @@ from pliant.plans import Plan, weak_to_powerful
 from pliant.plans.presets import fewest_weak
 from pliant.solvers import SolverLike
 
-WEAK_SHARE = 0.5
-"""Without an objective: the share of weak steps nearest to which the number of steps is chosen."""
+AIM, MOST_WEAK, LEAST = 12, 0.8, 4
+"""Without an objective: the number of steps aimed at, the largest share of them that is weak, and the number below
+which that share does not matter. Distance to full compute's samples, guidance 1.5, CIFAR model (48 images) at 5, 12, 40
+and 60 %: 1.3, .31, .03 and .004 where this aims, 2.0, .49, .26 and .21 where about half are weak, 3.8 with all weak at
+5 %; digits (256; 128) at 4 and 50 %: .18 and .001, where about half are weak .52 and .02 (docs/planning.md)."""
 
 
 @planner
@@ -29,7 +32,7 @@ def weak_split(
     counts: default: up to eight numbers between where no step need be weak and where all must be, at most `steps`. With
     guidance every split is tried with powerful steps guided by the unconditional call, and with half and all of them
     guided by the weak call (cheaper, so fewer weak steps). With an objective the best is taken; without one, plain
-    guidance and the number of steps whose weak share is nearest to one half: nothing is sampled.
+    guidance and about `AIM` steps, weak ones only as far as the budget asks for them: nothing is sampled.
     """
     task = request.task("weak-split", solver=str(solver))
     if counts is None:
@@ -45,10 +48,21 @@ def weak_split(
         all_weak = weak_to_powerful(task.model, fewest, weak_steps=fewest, solver=solver, guidance=task.guidance)
         raise task.too_small(all_weak)
     if task.objective is None:
-        plans.sort(key=lambda p: -abs(p.provenance["weak_steps"] / len(p.steps) - WEAK_SHARE))
-        plans = plans[-1:]
+        plans = [_unmeasured(plans)]
     task.consider_all(plans)
     return task.finish(counts=list(counts))
+
+
+def _unmeasured(plans: Sequence[Plan]) -> Plan:
+    """The split to be taken where nothing is measured: a second-order solver gains little by more than `AIM` steps, so
+    what would buy more makes steps powerful. Fewer than `LEAST` are bad whatever they are.
+    """
+    def rank(plan: Plan) -> tuple[int, int]:
+        return abs(len(plan.steps) - AIM), -len(plan.steps)
+
+    mixed = [p for p in plans if p.provenance["weak_steps"] <= MOST_WEAK * len(p.steps)]
+    chosen = min(mixed, key=rank, default=None)
+    return min(plans, key=rank) if chosen is None or len(chosen.steps) < LEAST else chosen
 
 
 def split(task: Task, count: int, between: int, solver: SolverLike) -> Plan | None:
