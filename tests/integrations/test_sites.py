@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pliant.compute import Cache, Compute, Gate, Moment, Reuse
 from pliant.compute.executor import Call
 from pliant.compute.lowering import lower
 from pliant.errors import ConfigError, FormatError, PlanError
+from support.cli import refused, run_here
 from support.pipelines import _shaken, dit_pipeline, flux_pipeline, run, sd3_pipeline
 
 diffusers = pytest.importorskip("diffusers")
@@ -558,3 +560,33 @@ def test_run_helper_still_runs() -> None:
 def run_with(pipe: Any) -> Tensor:
     own = pipe.request()
     return run(own, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dit"])
+@pytest.mark.parametrize("inside", ["", "transformer"])
+def test_a_folder_says_its_sites(name: str, inside: str, tmp_path: Path) -> None:
+    """Of a transformer or of a pipeline, from the configuration alone."""
+    from pliant.integrations.sites.folder import read_transformer
+
+    net, _ = MODELS[name]()
+    net.save_config(tmp_path / inside)
+    found = read_transformer(tmp_path)
+    assert found is not None and found.name == type(net).__name__
+    assert found.sites == tuple((site.kind, site.block) for site in sites_of(net).sites)
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+    done = run_here("info", tmp_path, "--sites")
+    assert f"{len(found.sites)} sites in {found.blocks} blocks" in done.out and "attention" in done.out
+    assert run_here("info", tmp_path, "--json").json["sites"][0] == {"site": 0, "block": 0, "kind": found.sites[0][0]}
+    file = tmp_path / inside / "config.json"
+    file.write_text(file.read_text().replace(': 2', ': "x"'))
+    refused(run_here("info", tmp_path), "config.json")
+
+
+def test_other_folders_are_not_taken_for_transformers(tmp_path: Path) -> None:
+    from pliant.integrations.sites.folder import read_transformer
+
+    assert read_transformer(tmp_path) is None and read_transformer("digits") is None
+    dit()[0].save_pretrained(tmp_path)
+    assert read_transformer(tmp_path) is None  # Pliant reads it as its own
+    (tmp_path / "config.json").write_text("[]")
+    assert read_transformer(tmp_path) is None

@@ -12,6 +12,7 @@ from pliant.cli.console import emit_json, table
 from pliant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pliant.integrations.sites.folder import DiffusersTransformer
     from pliant.models.network import NetworkConfig, Size
 
 EXAMPLES = """\b
@@ -93,7 +94,12 @@ def _plan(file: Path, json: bool) -> None:
 def _model(source: str, format: str | None, option: list[str] | None, sites: bool, json: bool) -> None:
     from pliant.cli.models import load_options
     from pliant.formats import describe_source
+    from pliant.integrations.sites.folder import read_transformer
 
+    theirs = None if format else read_transformer(source)
+    if theirs is not None:
+        _transformer(theirs, sites, json)
+        return
     found = describe_source(source, format, **load_options(option))
     calls = calls_of(found.identity)
     listed = {"sites": sites_of(found.identity)} if sites else {}
@@ -108,6 +114,19 @@ def _model(source: str, format: str | None, option: list[str] | None, sites: boo
             (str(s["site"]), str(s["block"]), s["kind"], f"{s['flops'] / 1e9:.4g}", f"{s['share']:.2%}")
             for s in listed["sites"]
         ])  # fmt: skip
+
+
+def _transformer(found: DiffusersTransformer, sites: bool, json: bool) -> None:
+    """A transformer of diffusers, which runs in its own pipeline."""
+    if json:
+        emit_json({"kind": "transformer", **found.to_dict()})
+        return
+    print(f"{found.folder}: {found.name} of diffusers, {found.parameters:,} parameters")
+    print(f"{len(found.sites)} sites in {found.blocks} blocks; for caches in its own pipeline see docs/diffusers.md")
+    if sites:
+        print()
+        rows = [(str(s), str(block), kind) for s, (kind, block) in enumerate(found.sites)]
+        table(("site", "block", "kind"), rows)
 
 
 def sites_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
