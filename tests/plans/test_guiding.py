@@ -127,6 +127,29 @@ def test_the_difference_is_reused_and_never_compounds(make, counted: list[int]) 
     torch.testing.assert_close(got, by_hand(model, plan, labels, x, reference), atol=1e-4, rtol=1e-4)
 
 
+def test_fastercache_s_windows(make) -> None:  # type: ignore[no-untyped-def]
+    """Its rule as diffusers states it, in time steps of 1000: skip where iteration % 5 != 0 inside (-1, 641); gains of
+    1.1 on low frequencies inside (99, 901), on high ones inside (-1, 301)."""
+    model = make(flexible=False)
+    plan = guided_plan(Plan.uniform(model, 40, "euler"), Guidance.cfg(2.0), "fastercache")
+    reused = 0
+    for iteration, step in enumerate(plan.steps):
+        timestep, guidance = 1000 * step.t, step.guidance
+        assert guidance is not None
+        skips = iteration > 0 and -1 < timestep < 641 and iteration % 5 != 0
+        assert (guidance.against == "difference") == skips
+        if skips:
+            reused += 1
+            assert guidance.gain == (1.1 if 99 < timestep < 901 else 1.0, 1.1 if -1 < timestep < 301 else 1.0)
+    assert reused > 15 and len({s.guidance.gain for s in plan.steps if s.guidance is not None}) == 4
+    labels = torch.tensor([1, 2])
+    assert bool(sample(model, plan, labels).isfinite().all())
+    once = model.flops()
+    assert plan.cost(model).flops == (2 * 40 - reused) * once
+    with pytest.raises(PlanError, match="at least 1"):
+        guided_plan(plan, Guidance.cfg(2.0), "fastercache", period=0)
+
+
 def test_reusing_every_step_is_plain_guidance(make) -> None:  # type: ignore[no-untyped-def]
     model = make(flexible=False)
     plain = Plan.uniform(model, 4, "heun", guidance=2.0)

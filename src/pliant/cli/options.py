@@ -104,7 +104,7 @@ GuideName = Annotated[
     str | None,
     typer.Option(
         "--guide",
-        help="How --guidance is applied: interval:least=0.28,most=1.6, every:period=3, once, zero-star, "
+        help="How --guidance is applied: interval:least=0.28,most=1.6, every:period=3, fastercache, once, zero-star, "
         "projected:momentum=-0.5, damped, tangential, banded:low=1, cfg++:strength=0.6. See docs/guidance.md.",
         show_default=False,
     ),
