@@ -16,6 +16,7 @@ from pliant.paths import get_path
 from pliant.planning import Score
 from pliant.planning.auto import auto
 from pliant.planning.autodiffusion import autodiffusion
+from pliant.planning.distribution import FRESH
 from pliant.planning.flexiffusion import Segments, flexiffusion, segment_plan
 from pliant.planning.openings import openings
 from pliant.planning.plan_space import Menu, PlanSpace
@@ -181,6 +182,16 @@ def test_settings_are_enough_to_repeat_a_search(name, given):
     )
     assert again.plan.digest() == found.plan.digest() and again.settings["options"] == kept["options"]
     assert again.evaluations == found.evaluations
+
+
+@pytest.mark.parametrize(("name", "options"), [("s3", {"evaluations": 4}), ("auto", {"evaluations": 8, **FEW})])
+def test_searches_are_confirmed_on_images_that_they_did_not_search_on(name, options):
+    objective = RelativeObjective(MODEL, Plan.uniform(MODEL, 8), num=30)
+    found = get_planner(name)(MODEL, "40%", objective=objective, steps=8, num=20, **options)
+    assert found.settings["confirmed_by"]["seeds"] == f"{FRESH}..{FRESH + 29}"
+    assert found.settings["search"]["objective"]["seeds"] == "0..19"
+    assert found.quality == objective.on_fresh_seeds()(found.plan) != objective(found.plan)
+    assert 2 <= len(found.settings["finalists"]) <= 4
 
 
 def test_autodiffusion_counts_both_stages():

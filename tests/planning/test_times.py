@@ -17,7 +17,7 @@ from pliant.planning.edges import edge_costs
 from pliant.planning.field import FunctionField, Mode, ModelField
 from pliant.planning.propagation import growth, optimal_steps
 from pliant.planning.searching import planner_seeds, with_proxy
-from pliant.planning.stepping import trajectories_of, walk
+from pliant.planning.stepping import mean_square, trajectories_of, walk
 from pliant.planning.task import Task
 from pliant.planning.teacher import labels_of
 from pliant.plans import Plan, Sampler
@@ -217,3 +217,12 @@ def test_a_planner_without_an_objective_brings_a_proxy_on_seeds_of_its_own() -> 
     assert isinstance(task.objective, SampleError)
     assert not set(task.objective.seeds) & set(planner_seeds(3, 4))
     assert task.settings["objective"]["teacher"] == {"steps": 100, "solver": "dpmpp-2m", "guidance": 1.5}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_value_of_optimal_steps_is_the_error_of_walking_them(order: int) -> None:
+    """With the last of few steps of first order, as "dpmpp-2m" takes it."""
+    field, teacher = problem(30, 200)
+    route = optimal_steps(field, teacher, 4, order)
+    end = walk(field, teacher.states[0], route.places, order=order)
+    assert route.value == pytest.approx(mean_square(end, teacher.states[-1]), rel=1e-9)
