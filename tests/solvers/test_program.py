@@ -339,8 +339,9 @@ def test_bad_grids_are_refused():
         ([1.0, 0.5, 0.5, 0.0], "both 0.5"),
         ([1.0, 0.4, 0.6, 0.0], "turns back"),
         ([0.0, 0.6, 0.4, 1.0], "turns back"),
-        ([1.2, 0.5], "between 0"),
+        ([1.2, 0.5], "between 0 .* for step 0"),
         ([float("nan"), 0.5], "between 0"),
+        ([0.5, -0.1], "between 0 .* for the end"),
     ]:
         with pytest.raises(PlanError, match=match):
             compile_program(path, times, "euler", "velocity")

@@ -59,6 +59,10 @@ def compile_program(
     return builder.finish()
 
 
+def _place(k: int, count: int) -> str:
+    return f"step {k}" if k < count - 1 else "the end"
+
+
 def check_times(times: Tensor | Sequence[float]) -> list[float]:
     """`times` as floats: at least two, in [0, 1], strictly decreasing (sampling) or strictly increasing
     (inversion).
@@ -69,7 +73,7 @@ def check_times(times: Tensor | Sequence[float]) -> list[float]:
     grid: list[float] = t.tolist()
     if outside := [(k, v) for k, v in enumerate(grid) if not 0.0 <= v <= 1.0]:
         k, wrong = outside[0]
-        raise PlanError(f"times lie between 0 (data) and 1 (noise), got {wrong} for time {k}")
+        raise PlanError(f"times lie between 0 (data) and 1 (noise), got {wrong} for {_place(k, len(grid))}")
     decreasing = grid[-1] < grid[0]
     for k, (a, b) in enumerate(pairwise(grid)):
         if a == b:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +80,23 @@ def test_nonsense_is_refused() -> None:
             SimilarityFilter(threshold)
     with pytest.raises(ConfigError, match="max_skip"):
         SimilarityFilter(0.98, -1)
+
+
+@pytest.mark.parametrize("value", ["0.9", None, True, float("nan"), [0.9]])
+def test_what_is_no_number_is_one_line_everywhere_in_streams(value: Any) -> None:
+    from pliant.errors import PliantError
+    from pliant.tasks.streaming.guidance import StreamGuidance
+    from pliant.tasks.streaming.levels import check_levels, even_levels
+
+    calls: list[Callable[[], object]] = [
+        lambda: SimilarityFilter(threshold=value),
+        lambda: SimilarityFilter(max_skip=value),
+        lambda: StreamGuidance("self", scale=value),
+        lambda: StreamGuidance("self", delta=value),
+        lambda: check_levels([value]),
+        lambda: even_levels(value, 2),
+        lambda: even_levels(0.5, value),
+    ]
+    for call in calls:
+        with pytest.raises(PliantError):
+            call()

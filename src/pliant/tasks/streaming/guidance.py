@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from pliant.compute.numbers import is_number
 from pliant.errors import ConfigError, suggest
 
 Negative: TypeAlias = Literal["none", "self", "onetime", "full"]
@@ -30,8 +30,8 @@ class StreamGuidance:
         if self.negative not in known:
             raise ConfigError(f"unknown stream guidance {self.negative!r}: {suggest(str(self.negative), known)}")
         for name, value in (("scale", self.scale), ("delta", self.delta)):
-            if not math.isfinite(value) or value < 0.0:
-                raise ConfigError(f"the {name} of stream guidance is a number from 0, got {value:g}")
+            if not is_number(value) or value < 0.0:
+                raise ConfigError(f"the {name} of stream guidance is a number from 0, got {value!r}")
         if self.negative in ("none", "full") and self.delta != 1.0:
             raise ConfigError(f"delta moderates virtual negatives; guidance {self.negative!r} has none, leave it out")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pliant.compute import Compute
+from pliant.compute.numbers import is_number, is_whole
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.paths import AlphaSigma
@@ -41,6 +42,8 @@ class Level:
 
 def check_levels(levels: Sequence[float]) -> list[float]:
     """House times of the levels, noisiest first. Raises PlanError unless they decrease strictly within (0, 1]."""
+    if not all(is_number(t) for t in levels):  # a text is a sequence, too, of letters
+        raise PlanError(f"levels are numbers, noisiest first, e.g. [0.6, 0.3]; got {levels!r}")
     times = [float(t) for t in levels]
     if not times:
         raise PlanError("a stream needs at least one level, e.g. 0.6")
@@ -55,10 +58,10 @@ def check_levels(levels: Sequence[float]) -> list[float]:
 
 def even_levels(strength: float, steps: int) -> list[float]:
     """`steps` equally spaced levels from `strength` (how much of a frame is replaced, (0, 1]) down, without 0."""
-    if steps < 1:
-        raise PlanError(f"a stream needs at least one step, got {steps}")
-    if not 0.0 < strength <= 1.0:
-        raise PlanError(f"the strength lies above 0 (keep the frame) and at most at 1 (ignore it), got {strength:g}")
+    if not is_whole(steps) or steps < 1:
+        raise PlanError(f"a stream needs at least one step, got {steps!r}")
+    if not is_number(strength) or not 0.0 < strength <= 1.0:
+        raise PlanError(f"the strength lies above 0 (keep the frame) and at most at 1 (ignore it), got {strength!r}")
     return [strength * (steps - k) / steps for k in range(steps)]
 
 

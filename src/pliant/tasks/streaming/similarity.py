@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pliant.compute.numbers import is_number, is_whole
 from pliant.errors import ConfigError
 
 
@@ -44,10 +45,10 @@ class SimilarityFilter:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ConfigError(f"the similarity threshold lies between 0 and 1 (usual: 0.98), got {self.threshold:g}")
-        if self.max_skip < 0:
-            raise ConfigError(f"max_skip is a number of frames from 0, got {self.max_skip}")
+        if not is_number(self.threshold) or not 0.0 <= self.threshold <= 1.0:
+            raise ConfigError(f"the similarity threshold lies between 0 and 1 (usual: 0.98), got {self.threshold!r}")
+        if not is_whole(self.max_skip) or self.max_skip < 0:
+            raise ConfigError(f"max_skip is a number of frames from 0, got {self.max_skip!r}")
 
     def skip_probability(self, similarity: float) -> float:
         """The chance that a frame of this cosine is skipped, 0 to 1."""
