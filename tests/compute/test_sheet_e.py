@@ -172,7 +172,7 @@ GATE = {"threshold": 0.1, "on_hit": "R1C3", "probe": 1}
         ("guidance", {"scale": 2.0, "channels": True}, ["step 2", "channel", "True"]),
         ("t", 1.0, ["time"]),
         ("t", "x", ["step 2", "t is 'x'"]),
-        ("t", 3.0, ["times lie between", "time 2"]),
+        ("t", 3.0, ["times lie between", "step 2"]),
         ("solver.lower_order_final", {}, ["step 2", "lower_order_final"]),
     ],
 )
