@@ -18,6 +18,8 @@ def test_a_search_writes_plan_journal_and_evidence(flexible: Path, tmp_path: Pat
     assert done.code == 0, done.err
     report = done.json
     assert report["search"]["planner"] == "s3" and report["search"]["settings"]["seed"] == 1
+    seeds = [report["search"]["settings"][k]["seeds"] for k in ("objective", "confirmed_by")]
+    assert [s.split("..")[0] for s in seeds] == ["50000000", "1000000000"], "not those of 'pliant eval'"
     assert report["digest"] == Plan.load(file).digest()
     assert report["cost"]["of_budget_baseline"].endswith("of 6 full steps")
     journal = tmp_path / "plan.search.jsonl"

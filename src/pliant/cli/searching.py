@@ -112,6 +112,7 @@ def _objective(model: Denoiser, request: SearchOptions, choices: PlanOptions) ->
     from pliant.evaluation import get_extractor, load_reference
     from pliant.planning import FrechetObjective, default_objective
     from pliant.planning.defaults import IMAGES
+    from pliant.planning.distribution import SEARCHED
 
     if request.reference is None:
         if request.num is None:
@@ -120,7 +121,7 @@ def _objective(model: Denoiser, request: SearchOptions, choices: PlanOptions) ->
     channels, height, width = model.sample_shape
     extractor = get_extractor(default_extractor((channels, height, width)))
     reference = load_reference(request.reference, extractor, size=(height, width))
-    return FrechetObjective(model, reference, extractor, request.num or IMAGES)
+    return FrechetObjective(model, reference, extractor, request.num or IMAGES, SEARCHED)
 
 
 def search_facts(found: PlanResult) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pliant.denoiser import Denoiser
 from pliant.evaluation import FeatureExtractor, get_extractor
+from pliant.planning.distribution import SEARCHED
 from pliant.planning.relative import RelativeObjective
 from pliant.plans import Plan
 
@@ -13,7 +14,7 @@ EXTRACTORS = {(1, 8, 8): "digits-classifier", (3, 32, 32): "cifar10-classifier"}
 
 
 def default_objective(
-    model: Denoiser, steps: int = 50, guidance: float | None = None, num: int = IMAGES, first_seed: int = 0
+    model: Denoiser, steps: int = 50, guidance: float | None = None, num: int = IMAGES, first_seed: int = SEARCHED
 ) -> RelativeObjective:
     """How far a plan's samples are from those of full compute, guidance and all, as distributions.
 

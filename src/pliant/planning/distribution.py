@@ -23,6 +23,8 @@ from pliant.planning.objective import LEVEL, Remembered, Score
 from pliant.planning.teacher import labels_of
 from pliant.plans import AnyPlan, sample
 
+SEARCHED = 50_000_000
+"""Where the seeds of searches begin where nobody names others: 'pliant eval' and pictures begin at 0."""
 FRESH = 1_000_000_000
 """Where the seeds of confirmations begin: no search draws there (`apart`)."""
 MEASURED = 2 * FRESH
