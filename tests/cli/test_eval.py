@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pliant
+from pliant.evaluation import evaluate_images, get_extractor, load_reference, read_npz
 from support.cli import Run, refused
 from support.training import in_two_processes
 
@@ -34,6 +35,25 @@ def test_report(flexible: Path, run: Run) -> None:
     assert recipe["steps"] == 2
     assert recipe["share_of_full_compute"] == report["cost"]["share"] <= 0.801
     assert len(recipe["weights_sha256"]) == 64
+
+
+def test_samples_in_a_file_measure_like_the_model_that_made_them(flexible: Path, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "samples.npz"
+    assert run("sample", flexible, "--steps", 2, "--num", 20, "--seed", 5, "-o", file).code == 0
+    done = run("eval", file, "--reference", "digits:test", "--json")
+    assert done.code == 0, done.err
+    images = read_npz(file)
+    assert done.json["recipe"]["samples_sha256"] == images.fingerprint() and done.json["recipe"]["images"] == 20
+    there = evaluate_images(images, load_reference("digits:test", get_extractor("digits-classifier")),
+                            get_extractor("digits-classifier"))  # fmt: skip
+    assert done.json["distance"] == there.distance.to_dict()
+    assert "kernel distance" in run("eval", file, "--reference", "digits:test", "--repeats", 2).out
+    refused(run("eval", file, "--reference", "digits:test", "--num", 20), "leave out --num")
+    refused(run("eval", file, "--reference", "digits:test", "--steps", 2), "leave out --steps")
+    refused(run("eval", file, "--reference", "digits:test", "--repeats", 3), "20 images do not make 3 equal repeats")
+    refused(run("eval", tmp_path / "no.npz", "--reference", "digits:test"), "there is no file")
+    file.write_bytes(b"no archive")
+    refused(run("eval", file, "--reference", "digits:test"), "not a readable .npz")
 
 
 def test_repeats_and_text(flexible: Path, run: Run) -> None:

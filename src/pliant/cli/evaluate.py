@@ -27,10 +27,13 @@ Examples:
   pliant eval digits --plan plan.json --reference digits --num 1000 --repeats 3
   pliant eval cifar10 --reference cifar10-train.parquet --extractor cifar10-classifier --num 2000
   pliant eval dit-xl --decode sd-vae --reference VIRTUAL_imagenet256.npz --extractor inception --num 50000
+  pliant eval samples.npz --reference digits         samples that exist, as ADM's evaluator takes them
   pliant eval digits --reference digits:train --save-reference digits-train.safetensors
   accelerate launch -m pliant.cli eval cifar10 --reference cifar10-train.parquet --num 50000
 """
 
+NUM = 2000
+"""Images per repeat where nobody says how many."""
 ALIASES = {"inception": "inception-v3-pool3"}
 
 
@@ -39,7 +42,14 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: opt.Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder, file, bundled name (digits) or Hugging Face id; or samples that exist: an .npz (ADM's).",
+            show_default=False,
+        ),
+    ],
     reference: Annotated[
         str,
         typer.Option(
@@ -57,7 +67,9 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    num: Annotated[int, typer.Option("--num", min=2, help="Images per repeat.")] = 2000,
+    num: Annotated[
+        int | None, typer.Option("--num", min=2, help="Images per repeat.  [default: 2000]", show_default=False)
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Repeats with other seeds, for an interval.")] = 1,
     seed: opt.Seed = 0,
     random_classes: Annotated[
@@ -90,6 +102,15 @@ def evaluate(
     from pliant.plans import Plan, RoutedSampler, Sampler
 
     processes = started()
+    if model.endswith(".npz"):
+        typed = [("--num", num), ("--seed", seed), ("--random-classes", random_classes), ("--plan", plan),
+                 ("--decode", decode), ("--format", format), ("--option", option)]  # fmt: skip
+        extra = [*(name for name, value in typed if value not in (None, False, 0, [])), *choices.given()]
+        if extra:
+            raise ConfigError(f"an .npz holds samples that exist, all of which are measured: leave out {extra[0]}")
+        if processes.main:
+            _measure_file(Path(model), reference, extractor, repeats, save, batch_size, device, json)
+        return
     denoiser = (opened := open_model(model, format, option, device or processes.device)).denoiser
     chosen = plan_from(plan, denoiser, choices)
     decoder = None
@@ -117,7 +138,7 @@ def evaluate(
             images,
             real,
             network,
-            num,
+            num or NUM,
             batch=batch_size,
             num_classes=denoiser.num_classes,
             class_sampling="random" if random_classes else "balanced",
@@ -137,6 +158,39 @@ def evaluate(
     print(f"  seconds: {seconds:.1f} on {processes.size} process{'es' if processes.size > 1 else ''}")
     if report.interval is None:
         print("no interval: give --repeats 3 or more")
+
+
+def _measure_file(
+    file: Path,
+    reference: str,
+    extractor: str | None,
+    repeats: int,
+    save: Path | None,
+    batch_size: int,
+    device: str | None,
+    json: bool,
+) -> None:
+    """The images of an .npz against real ones, in `repeats` equal parts."""
+    from pliant.evaluation import NpzImages, evaluate_images, get_extractor, load_reference, save_reference
+
+    if not file.exists():
+        raise ConfigError(f"there is no file {file}; 'pliant sample MODEL --num 2000 -o {file.name}' writes one")
+    samples = NpzImages(file)
+    _, channels, height, width = samples.shape
+    # The format has three channels, of grey images three equal ones.
+    name = extractor or default_extractor((1 if (height, width) == (8, 8) else channels, height, width))
+    network = get_extractor(ALIASES.get(name, name), device or "cpu")
+    real = load_reference(reference, network, size=(height, width))
+    if save is not None:
+        save_reference(save, real)
+    begun = time.perf_counter()
+    report = evaluate_images(samples, real, network, batch=batch_size, repeats=repeats)
+    seconds = time.perf_counter() - begun
+    if json:
+        emit_json({**report.to_dict(), "seconds": seconds})
+        return
+    print(report)
+    print(f"  seconds: {seconds:.1f}")
 
 
 def solver_text(solver: Solver) -> str:

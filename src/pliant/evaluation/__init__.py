@@ -31,6 +31,7 @@ from pliant.evaluation.inception_score import Predictions, inception_score
 from pliant.evaluation.kid import kernel_distance
 from pliant.evaluation.manifold import DensityCoverage, PrecisionRecall, density_coverage, precision_recall
 from pliant.evaluation.npz import (
+    NpzImages,
     npz_batches,
     npz_spatial_statistics,
     npz_statistics,
@@ -53,6 +54,7 @@ __all__ = [
     "ImageSet",
     "Interval",
     "Measure",
+    "NpzImages",
     "PrecisionRecall",
     "Predictions",
     "Processes",

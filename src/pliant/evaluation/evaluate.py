@@ -21,6 +21,7 @@ from pliant.evaluation.gaussian_kernel import gaussian_distance
 from pliant.evaluation.images import ImageSet, to_uint8
 from pliant.evaluation.kid import kernel_distance
 from pliant.evaluation.manifold import density_coverage, precision_recall
+from pliant.evaluation.npz import NpzImages
 from pliant.evaluation.processes import ALONE, Processes
 from pliant.evaluation.references import Reference
 from pliant.evaluation.report import DENSITY_NEIGHBOURS, NEIGHBOURS, OTHERS, EvaluationReport, Measure
@@ -131,7 +132,7 @@ def evaluate(
 
 
 def evaluate_images(
-    images: ImageSet,
+    images: ImageSet | NpzImages,
     reference: Reference,
     extractor: FeatureExtractor,
     *,
@@ -139,7 +140,7 @@ def evaluate_images(
     repeats: int = 1,
     describe: Mapping[str, Any] | None = None,
 ) -> EvaluationReport:
-    """Measure images that exist already, such as `read_npz(path)`, cut into `repeats` equal consecutive parts; their
+    """Measure images that exist already, such as `NpzImages(path)`, cut into `repeats` equal consecutive parts; their
     labels are not used, for they may be of another data set than the extractor's.
 
     Raises DataError when the images do not divide into the parts or the reference was made by another extractor.

@@ -7,6 +7,7 @@ objects are never loaded.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zipfile
 import zlib
@@ -115,6 +116,33 @@ def npz_batches(path: str | Path, size: int) -> Iterator[Tensor]:
                 raise FormatError(f"{path}: arr_0 is damaged ({e})") from e
             array = np.frombuffer(data, dtype=np.uint8).reshape(count, *row)
             yield torch.from_numpy(array.copy()).permute(0, 3, 1, 2).contiguous()
+
+
+class NpzImages:
+    """The images of an .npz as `evaluate_images` takes them, read as a stream each time.  Raises FormatError."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+        with _open(self.path, "arr_0") as (_, member):
+            n, height, width, channels = member.shape if len(member.shape) == 4 else (0, 0, 0, 0)
+        self.shape = (n, channels, height, width)
+        """(N, C, H, W)."""
+        next(iter(self.batches(1)), None)  # refuses what is not images
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """uint8 batches (<= size, C, H, W) in order."""
+        return npz_batches(self.path, size)
+
+    def fingerprint(self) -> str:
+        """That of the same images in memory (`ImageSet`)."""
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for images in self.batches(1024):
+            digest.update(images.numpy().data)
+        return digest.hexdigest()
 
 
 def read_npz(path: str | Path) -> ImageSet:
