@@ -2,6 +2,7 @@
 
 import json
 import random
+from copy import deepcopy
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -156,6 +157,12 @@ def test_auto_repeats_itself_and_resumes(tmp_path):
     assert not done.asked, "a finished search is only read"
     with pytest.raises(PlanError, match="another search"):
         auto(MODEL, "20%", objective=Judge(wants_weak_first), journal=file, **options)
+    trained = replace(MODEL, network=deepcopy(MODEL.network))  # the same architecture, and another model
+    with torch.no_grad():
+        next(trained.network.parameters()).mul_(1.01)
+    assert trained.fingerprint() == MODEL.fingerprint()
+    with pytest.raises(PlanError, match="differs in weights"):
+        auto(trained, "10%", objective=Judge(wants_weak_first), journal=file, **options)
     with pytest.raises(PlanError, match="differs in options"):  # other solvers would end elsewhere
         auto(MODEL, "10%", objective=Judge(wants_weak_first), journal=file, **{**options, "solvers": ["ddim"]})
 

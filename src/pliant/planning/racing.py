@@ -20,6 +20,7 @@ from pliant.planning.objective import Objective, Score
 from pliant.planning.relative import RelativeObjective
 from pliant.planning.result import PlanResult, confirm, measured_against
 from pliant.planning.task import Task
+from pliant.planning.teacher import weights_of
 from pliant.plans import AnyPlan, Plan
 
 SEARCH_SHARE = 0.7
@@ -75,6 +76,7 @@ def journal_of(task: Task, effort: Effort, **about: Any) -> Journal:
     if effort.journal is None:
         return Journal()
     about = {"planner": task.planner, "model": task.model.fingerprint(), **task.settings, "num": effort.num, **about}
+    about["weights"] = weights_of(task.model)
     return Journal(effort.journal, about)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from pliant.denoiser import Denoiser
 from pliant.evaluation import FeatureExtractor, FeatureStatistics, Reference, extract, to_uint8
 from pliant.planning.distribution import FrechetObjective
-from pliant.planning.teacher import labels_of
+from pliant.planning.teacher import labels_of, weights_of
 from pliant.plans import Plan, sample
 
 GRID, BANDS = 4, 6
@@ -88,7 +88,7 @@ def teacher_reference(
         "extractor_sha256": extractor.fingerprint,
         "preprocessing": extractor.preprocessing,
         "reference": name,
-        "reference_sha256": hashlib.sha256(f"{name} {model.fingerprint()}".encode()).hexdigest(),
+        "reference_sha256": hashlib.sha256(f"{name} {weights_of(model)}".encode()).hexdigest(),
     }
     return Reference(name, FeatureStatistics.of(features, facts), features)
 

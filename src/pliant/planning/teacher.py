@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from pliant.denoiser import Denoiser
 from pliant.errors import PlanError
 from pliant.evaluation import assigned_labels
+from pliant.files import tensors_sha256
 from pliant.plans import Plan, Sampler
 from pliant.solvers import Node, nodes_of
 
@@ -67,6 +69,12 @@ class TeacherSettings:
 
     def to_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "solver": self.solver, "guidance": self.guidance}
+
+
+def weights_of(model: Denoiser) -> str:
+    """SHA-256 of all weights, a guide's too: a fingerprint is the same for every training of one architecture."""
+    own = tensors_sha256(model.network.state_dict())
+    return own if model.guide is None else hashlib.sha256((own + weights_of(model.guide)).encode()).hexdigest()
 
 
 def labels_of(model: Denoiser, seeds: Sequence[int]) -> Tensor:
