@@ -36,8 +36,8 @@ def search(
 
     time: limit of a search, in seconds or as "90 s", "5min"; with it, it searches as long as that allows.
     journal: file that makes the search resumable. objective: None for `default_objective`, or, where a planner does not
-    search by it, its own proxy. What was chosen by measuring has its quality from seeds that nothing was searched on: by
-    the objective, or where a proxy chose by `default_objective`. Of a search's three or four finalists those seeds
+    search by it, its own proxy. What was chosen by measuring has its quality from seeds that no search saw: by the
+    objective, or where a proxy chose by `default_objective`. Of a search's three or four finalists those seeds
     choose the best, so that its quality is a little flattered. options: the planner's own.
     Raises PlanError for an unknown planner or option, and for a budget below its cheapest plan.
     """
