@@ -7,7 +7,7 @@ import pytest
 
 import pliant
 from pliant.errors import PlanError
-from pliant.planning import PlanResult, Score, default_objective, known, ready, search
+from pliant.planning import PlanResult, SampleError, Score, TeacherSettings, default_objective, known, ready, search
 from pliant.planning.distribution import FRESH
 from pliant.planning.journal import Journal
 from pliant.planning.planner import read_time
@@ -55,6 +55,15 @@ def test_more_than_full_compute_is_full_compute(budget):
     assert pliant.plan(MODEL, budget, guidance=1.5).steps == Plan.uniform(MODEL, 50, guidance=1.5).steps
     if isinstance(budget, str):  # the table is of the other model
         assert len(pliant.plan(plain, budget, steps=20).steps) == 20
+
+
+@pytest.mark.parametrize(("name", "options"), [("s3", {"evaluations": 3}), ("gits", {"nodes": 8, "samples": 4})])
+def test_what_was_chosen_by_a_given_proxy_is_confirmed_by_a_distribution(name, options):
+    proxy = SampleError(MODEL, TeacherSettings(20), range(6))
+    found = search(MODEL, "30%", name, steps=8, objective=proxy, **options)
+    assert found.objective == "relative Fréchet distance (digits-classifier)"
+    assert found.settings["believed"]["objective"] == proxy.name
+    assert found.settings["confirmed_by"]["seeds"] == f"{FRESH}..{FRESH + 255}"
 
 
 def test_what_a_planner_chose_is_confirmed_on_fresh_seeds():

@@ -13,6 +13,7 @@ from pliant.planning.closed_form import known
 from pliant.planning.defaults import default_objective
 from pliant.planning.distribution import FRESH, FrechetObjective
 from pliant.planning.objective import Objective
+from pliant.planning.proxies import SampleError, TrajectoryError
 from pliant.planning.registry import PLANNERS, get_planner
 from pliant.planning.result import PlanResult, Progress, confirm
 from pliant.plans import Budget, Plan
@@ -62,9 +63,10 @@ def search(
     found = run(
         model, budget, objective=objective, steps=steps, guidance=guidance, seed=seed, progress=progress, **options
     )
-    if searches or found.quality is None:  # searches confirm their finalists; closed forms measured nothing
+    proxy = objective is None or isinstance(objective, (SampleError, TrajectoryError))
+    if found.quality is None or (searches and not proxy):  # closed forms measure nothing; searches confirm finalists
         return found
-    if objective is None:
+    if proxy or objective is None:
         judge: Objective = default_objective(model, steps, guidance, first_seed=FRESH)
     else:
         judge = objective.on_fresh_seeds() if isinstance(objective, FrechetObjective) else objective
