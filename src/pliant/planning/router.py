@@ -16,7 +16,7 @@ from pliant.errors import PlanError
 from pliant.evaluation import FeatureExtractor, extract, to_uint8
 from pliant.planning.closed_form import known_for
 from pliant.planning.defaults import default_extractor, default_objective
-from pliant.planning.distribution import FRESH, FrechetObjective
+from pliant.planning.distribution import FRESH, FrechetObjective, apart
 from pliant.planning.objective import Objective
 from pliant.planning.relative import PooledFeatures
 from pliant.planning.request import Request, planner
@@ -58,7 +58,8 @@ def router(
         raise PlanError(f"planner 'router' has no ready plan within the budget; the cheapest: {cheapest}")
     judge = request.objective or default_objective(model, task.steps, task.guidance, first_seed=FRESH)
 
-    seeds = range(request.seed * 1000, request.seed * 1000 + num * model.num_classes)
+    first = apart(request.seed * 1000)  # not those that confirm
+    seeds = range(first, first + num * model.num_classes)
     labels = labels_of(model, seeds).tolist()
     score = _closeness(task, judge, labels, seeds)
     columns = []
