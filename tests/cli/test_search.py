@@ -36,6 +36,15 @@ def test_a_search_writes_plan_journal_and_evidence(flexible: Path, tmp_path: Pat
     refused(other, "another search", "seed")
 
 
+def test_what_would_fail_after_a_search_is_refused_before(
+    flexible: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pliant.planning.search", lambda *_, **__: pytest.fail("searched"))
+    refused(run("plan", flexible, *QUICK, "-o", tmp_path), "could not write", "folder")
+    refused(run("plan", flexible, *QUICK, "-o", "/proc/nowhere/plan.json"), "could not write")
+    refused(run("plan", flexible, *QUICK, "--throughput", tmp_path / "no.json"), "does not exist")
+
+
 def test_an_interrupted_search_says_how_to_go_on(
     flexible: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,12 @@ def test_what_a_planner_chose_is_confirmed_on_fresh_seeds():
     assert search(MODEL, "35%", "weak-split", steps=6, objective=FewSteps()).quality.value == 2.0
 
 
+def test_a_journal_that_cannot_be_written_is_one_line(tmp_path):
+    for file in ("/proc/nowhere/search.jsonl", tmp_path):
+        with pytest.raises(PlanError, match="journal"):
+            Journal(file, {"seed": 0})
+
+
 def test_a_search_by_name_with_its_evidence():
     found = search(MODEL, "10%", "s3", guidance=1.5, objective=FewSteps(), evaluations=10, seed=3)
     assert found.planner == "s3" and found.quality.value == 5.0 and found.objective == "number of steps"

@@ -101,6 +101,7 @@ def plan(
     budget = choices.budget
     search.check(budget, choices, out)
     denoiser = open_model(model, format, option, device or "cpu").denoiser
+    table_for(denoiser, choices.throughput)  # a table that does not fit is refused before a search, not after it
     found = None if search.planner is None else searched(denoiser, choices, search, out)
     made = plan_from(None, denoiser, choices) if found is None else found.plan
     batch = batch_size or (parse_budget(budget).batch if budget is not None else 1)

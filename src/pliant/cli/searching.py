@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ import typer
 from pliant.cli import options as opt
 from pliant.cli.console import emit_json, note, progress_saying
 from pliant.cli.planning import STEPS, PlanOptions, ready_budget
-from pliant.errors import ConfigError
+from pliant.errors import ConfigError, PliantError
 
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
@@ -82,6 +83,8 @@ def searched(model: Denoiser, choices: PlanOptions, request: SearchOptions, out:
     from pliant.planning import search as search_for
 
     planner = request.planner or "auto"
+    if out is not None:
+        _can_write(out)
     journal = journal_file(out) if out is not None and keeps_journal(planner) else None
     if journal is not None and journal.exists() and not request.resume:
         journal.unlink()
@@ -105,6 +108,16 @@ def searched(model: Denoiser, choices: PlanOptions, request: SearchOptions, out:
         if journal is not None:
             note(f"what was measured is kept in {journal}; the same command with --resume goes on")
         raise
+
+
+def _can_write(out: Path) -> None:
+    """Raise PliantError, before a long search, for a plan file that cannot be written after it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PliantError(f"could not write {out}: {error.strerror or error}") from None
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise PliantError(f"could not write {out}: {'it is a folder' if out.is_dir() else 'its folder is read-only'}")
 
 
 def _objective(model: Denoiser, request: SearchOptions, choices: PlanOptions) -> Objective | None:

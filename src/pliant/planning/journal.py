@@ -36,7 +36,8 @@ class Journal:
     """What was measured, by candidate. file: None keeps it in memory only.
 
     about: what identifies the search (space, seed, objective, model, ...), JSON-ready. Raises PlanError for a file that
-    belongs to another search or is none; a last line that was cut off while it was written is dropped.
+    belongs to another search, is none or cannot be written; a last line that was cut off while it was written is
+    dropped.
     """
 
     def __init__(self, file: str | FilePath | None = None, about: dict[str, Any] | None = None) -> None:
@@ -50,8 +51,11 @@ class Journal:
         path, head = FilePath(file), {"format": FORMAT, "about": json.loads(json.dumps(about or {}))}
         whole = self._load(path, head) if path.exists() else 0
         self.read = len(self.entries)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("r+" if whole else "w", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("r+" if whole else "w", encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"cannot write the journal {path}: {error.strerror or error}") from None
         if whole:
             self._stream.truncate(whole)
             self._stream.seek(0, os.SEEK_END)
