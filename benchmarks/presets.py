@@ -19,9 +19,10 @@ from typing import Any
 from planners import SETS, Bench, pooled, score_of
 
 from pliant import Plan
-from pliant.planning.planner import closed_form
+from pliant.planning.closed_form import closed_form
 from pliant.planning.result import PlanResult, planned
 from pliant.planning.task import Task
+from pliant.planning.teacher import weights_of
 
 
 def preset(bench: Bench, budget: float) -> tuple[PlanResult, str]:
@@ -41,7 +42,7 @@ def preset(bench: Bench, budget: float) -> tuple[PlanResult, str]:
     seeds = [o.describe() for o in bench.sets]
     settings: dict[str, Any] = {
         "budget": f"{100 * budget:g}%", "steps": bench.args.steps, "guidance": cfg, "seed": 0,
-        "objective": bench.judge.describe(), "searched_on": bench.tune.describe(),
+        "weights_sha256": weights_of(bench.model), "objective": bench.judge.describe(), "searched_on": bench.tune.describe(),
         "confirmed_by": {**seeds[0], "images": sum(s["images"] for s in seeds), "seeds": [s["seeds"] for s in seeds]},
         "closed_form": {
             "steps": len(closed.steps), "flops": closed.cost(bench.model).flops, "score": pooled(scores).to_dict(),

@@ -1,9 +1,11 @@
 """`pliant.plan`: found in advance, closed forms, searches, and what it refuses."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+import torch
 
 import pliant
 from pliant.errors import PlanError
@@ -13,6 +15,7 @@ from pliant.planning.journal import Journal
 from pliant.planning.planner import read_time
 from pliant.planning.racing import Effort, finalists, within
 from pliant.planning.task import Task
+from pliant.planning.teacher import weights_of
 from pliant.plans import Budget, Plan
 from support.throughput import synthetic_table
 
@@ -150,7 +153,8 @@ def test_plans_found_in_advance(tmp_path, monkeypatch):
     task = Task.begin("auto", MODEL, "50%", FewSteps(), 50, 1.5, 0, None)
     for steps, quality in ((3, 0.9), (5, 0.4), (20, 0.2)):
         plan = Plan.uniform(MODEL, steps, guidance=1.5)
-        result = PlanResult(plan, plan.cost(MODEL), Score(quality, 0, 1), "made up", "auto", task.settings)
+        facts = {**task.settings, "weights_sha256": weights_of(MODEL)}
+        result = PlanResult(plan, plan.cost(MODEL), Score(quality, 0, 1), "made up", "auto", facts)
         result.save(folder / f"{steps}.json")
     monkeypatch.setattr(module, "ASSETS", tmp_path)
     assert len(pliant.plan(MODEL, "10%", guidance=1.5).steps) == 5
@@ -159,6 +163,11 @@ def test_plans_found_in_advance(tmp_path, monkeypatch):
     assert pliant.plan(MODEL, "100%", guidance=1.5).provenance["planner"] == "weak-split", "for a far smaller budget"
     assert pliant.plan(MODEL, "10%", guidance=2.0).provenance["planner"] == "weak-split"
     assert known(MODEL, "10%", guidance=1.5).quality == Score(0.4, 0, 1)
+    tuned = replace(MODEL, network=deepcopy(MODEL.network))
+    with torch.no_grad():
+        next(tuned.network.parameters()).mul_(1.01)
+    assert known(tuned, "10%", guidance=1.5).plan.digest() == known(MODEL, "10%", guidance=1.5).plan.digest()
+    assert known(tuned, "10%", guidance=1.5).quality is None, "what was measured of other weights"
     stranger = replace(MODEL, metadata={"name": "other"})
     assert ready.ready_results(stranger) == []
 
@@ -170,6 +179,7 @@ def test_stored_plans_run_and_keep_to_what_they_say():
         assert result.plan.cost(MODEL).flops <= (limit + 1e-3) * full.cost(MODEL).flops
         assert result.cost == result.plan.cost(MODEL)
         assert result.quality is not None and "confirmed_by" in result.settings
+        assert result.settings["weights_sha256"] == weights_of(MODEL)
         closed = result.settings.get("closed_form")
         if closed is not None:
             assert closed["against"]["low"] <= 0.0 and closed["score"]["samples"] == result.quality.samples

@@ -8,6 +8,7 @@ from pliant.denoiser import Denoiser
 from pliant.planning.ready import ready
 from pliant.planning.result import PlanResult, measured_against
 from pliant.planning.task import Task
+from pliant.planning.teacher import weights_of
 from pliant.planning.weak_split import weak_split
 from pliant.plans import Budget
 
@@ -23,7 +24,11 @@ def known_for(task: Task) -> PlanResult:
     """The same for a planner's task."""
     found = ready(task)
     if found is not None:
-        return replace(found, plan=measured_against(found.plan, task.full(), task.model))
+        plan = measured_against(found.single, task.full(), task.model)
+        if found.settings.get("weights_sha256") == weights_of(task.model):
+            return replace(found, plan=plan)
+        # Of a relative, such as a fine-tuned one: its plan is a good guess, its quality that of another model.
+        return replace(found, plan=plan.noting(score=None), quality=None)
     return closed_form(task)
 
 

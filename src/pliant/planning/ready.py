@@ -37,7 +37,7 @@ def runs(result: PlanResult, model: Denoiser) -> bool:
 
 
 def ready(task: Task) -> PlanResult | None:
-    """The stored plan for this guidance that is the best within the budget; None if there is none."""
+    """The stored result for this guidance that is the best within the budget; None if there is none."""
     asked = 1.0 if task.guidance is None else task.guidance
     fitting = []
     for result in ready_results(task.model):
