@@ -250,7 +250,7 @@ def _parameters(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str,
 
 def _refuse_hooks(transformer: Any) -> None:
     """Hooks of other libraries sit on calls that a site program does not make."""
-    if not any(_hooked(module) for module in _modules(transformer)):
+    if not _any_hooked(transformer):
         return
     for name, module in transformer.named_modules():
         if _hooked(module):
@@ -261,16 +261,17 @@ def _refuse_hooks(transformer: Any) -> None:
             )
 
 
-def _modules(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """All modules, in a tenth of the time that `root.modules()` takes: every request looks at them."""
+def _any_hooked(root: torch.nn.Module) -> bool:
+    """Whether any module is, in a fraction of the time that `root.modules()` takes: every request asks."""
     left = [root]
     while left:
         module = left.pop()
-        yield module
-        left.extend(inner for inner in module._modules.values() if inner is not None)
+        if _hooked(module):
+            return True
+        left += filter(None, module.__dict__["_modules"].values())
+    return False
 
 
 def _hooked(module: torch.nn.Module) -> bool:
-    own = vars(module)  # asking a module for what it has not is slow
-    registry = own.get("_diffusers_hook")
-    return (registry is not None and bool(registry.hooks)) or "_hf_hook" in own
+    own = module.__dict__  # asking a module for what it has not is slow
+    return "_hf_hook" in own or ("_diffusers_hook" in own and bool(own["_diffusers_hook"].hooks))
