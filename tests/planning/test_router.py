@@ -94,6 +94,27 @@ def test_ready_plans_are_known_ones_and_a_distance_decides() -> None:
     assert min(p["flops"] for p in found.settings["plans"]) < 0.3 * full
 
 
+def test_latents_are_compared_whole_whatever_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An objective without features of its own: those of the default one, which does not cut latents at 1."""
+    from pliant.planning import router
+    from pliant.planning.relative import REACH
+    from support.networks import tiny_denoiser
+
+    seen: list[float] = []
+    real = router.to_uint8
+
+    def noting(images: torch.Tensor) -> torch.Tensor:
+        seen.append(float(images.abs().max()))
+        return real(images)
+
+    monkeypatch.setattr(router, "to_uint8", noting)
+    model = tiny_denoiser(in_channels=4)
+    plans = (Plan.uniform(model, 1), Plan.uniform(model, 2))
+    search(model, "60%", "router", steps=4, num=1, plans=plans, objective=Likes(Plan))
+    whole = pliant.sample(model, Plan.uniform(model, 4), [k % model.num_classes for k in range(model.num_classes)])
+    assert seen[0] == pytest.approx(float(whole.abs().max()) / REACH, rel=0.05)
+
+
 def test_refusals() -> None:
     with pytest.raises(PlanError, match="budget of FLOPs"):
         search(MODEL, "2 s", "router")

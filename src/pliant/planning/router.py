@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from pliant.errors import PlanError
-from pliant.evaluation import FeatureExtractor, extract, to_uint8
+from pliant.evaluation import extract, to_uint8
 from pliant.planning.closed_form import known_for
-from pliant.planning.defaults import default_extractor, default_objective
+from pliant.planning.defaults import default_objective
 from pliant.planning.distribution import FRESH, FrechetObjective, apart
 from pliant.planning.objective import Objective
-from pliant.planning.relative import PooledFeatures
 from pliant.planning.request import Request, planner
 from pliant.planning.result import PlanResult, confirm
 from pliant.planning.routing import Router, class_means, measured_quality
@@ -113,11 +112,9 @@ def _closeness(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Minus the mean square distance of features to those of full compute's images, for all samples in this order."""
     model = task.model
-    extractor: FeatureExtractor
-    if isinstance(judge, FrechetObjective):
-        extractor, decode = judge.extractor, judge.decode
-    else:
-        extractor, decode = default_extractor(model) or PooledFeatures(model.config.in_channels), None
+    # What an objective of another kind looks at is not known: then what the default one would.
+    seen = judge if isinstance(judge, FrechetObjective) else default_objective(model, steps=1, num=2)
+    extractor, decode = seen.extractor, seen.decode
 
     def features(images: Tensor) -> Tensor:
         images = images if decode is None else decode(images)
