@@ -96,18 +96,18 @@ def test_ready_plans_are_known_ones_and_a_distance_decides() -> None:
 
 def test_latents_are_compared_whole_whatever_judges(monkeypatch: pytest.MonkeyPatch) -> None:
     """An objective without features of its own: those of the default one, which does not cut latents at 1."""
-    from pliant.planning import router
+    from pliant.planning import distribution
     from pliant.planning.relative import REACH
     from support.networks import tiny_denoiser
 
     seen: list[float] = []
-    real = router.to_uint8
+    real = distribution.to_uint8
 
     def noting(images: torch.Tensor) -> torch.Tensor:
         seen.append(float(images.abs().max()))
         return real(images)
 
-    monkeypatch.setattr(router, "to_uint8", noting)
+    monkeypatch.setattr(distribution, "to_uint8", noting)
     model = tiny_denoiser(in_channels=4)
     plans = (Plan.uniform(model, 1), Plan.uniform(model, 2))
     search(model, "60%", "router", steps=4, num=1, plans=plans, objective=Likes(Plan))

@@ -209,7 +209,9 @@ def solver_text(solver: Solver) -> str:
 
 def default_extractor(shape: tuple[int, int, int]) -> str:
     """The extractor for images (C, H, W) where none is named."""
-    return {(1, 8, 8): "digits-classifier", (3, 32, 32): "cifar10-classifier"}.get(shape, "inception")
+    from pliant.evaluation import bundled_extractor
+
+    return bundled_extractor(shape) or "inception"
 
 
 def recipe_facts(opened: Opened, plan: AnyPlan, decoder: str | None, batch_size: int) -> dict[str, Any]:

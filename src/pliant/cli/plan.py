@@ -19,6 +19,7 @@ from pliant.errors import ConfigError, PliantError
 if TYPE_CHECKING:
     from pliant.denoiser import Denoiser
     from pliant.plans import AnyPlan, Plan
+    from pliant.plans.timing import Throughput
 
 FROZEN_ON = 8
 """Samples that decide what a frozen plan reuses: classes in turn, seeds 0, 1, ..."""
@@ -122,7 +123,7 @@ def plan(
         return
     if found is not None:
         print(found.headline())
-    print(described(made, denoiser, batch, choices.throughput))
+    print(described(made, denoiser, batch, table_for(denoiser, choices.throughput)))
     if out is not None:
         print(f"\n{out} written; run it with: pliant sample {model} --plan {out}")
 
@@ -151,17 +152,17 @@ def _show(
         cost = None if denoiser is None else cost_facts(loaded, denoiser, batch, table)
         emit_json({"file": str(file), "digest": loaded.digest(), "cost": cost, "plan": loaded.to_dict()})
     elif denoiser is not None:
-        print(described(loaded, denoiser, batch, choices.throughput))
+        print(described(loaded, denoiser, batch, table))
     else:
         print(summary(file))
 
 
-def described(plan: AnyPlan, model: Denoiser, batch: int, throughput: Path | None) -> str:
+def described(plan: AnyPlan, model: Denoiser, batch: int, table: Throughput | None) -> str:
     """The table of a plan's steps, or of the plans that classes take."""
     from pliant.plans import Plan
 
     if isinstance(plan, Plan):
-        return plan.describe(model, batch, table_for(model, throughput))
+        return plan.describe(model, batch, table)
     return plan.describe(model)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -168,6 +168,14 @@ def available_extractors() -> tuple[str, ...]:
     """Names that `get_extractor` knows."""
     shipped = [p.parent.name for p in ASSETS.glob("*/config.json")]
     return (*sorted(shipped), INCEPTION, *ENCODERS)
+
+
+BUNDLED: dict[tuple[int, ...], str] = {(1, 8, 8): "digits-classifier", (3, 32, 32): "cifar10-classifier"}
+
+
+def bundled_extractor(shape: Sequence[int]) -> str | None:
+    """Name of the trained extractor in the package for images (C, H, W) of this shape; None where there is none."""
+    return BUNDLED.get(tuple(shape))
 
 
 @lru_cache(maxsize=4)

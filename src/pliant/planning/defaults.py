@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pliant.denoiser import Denoiser
-from pliant.evaluation import FeatureExtractor, get_extractor
+from pliant.evaluation import FeatureExtractor, bundled_extractor, get_extractor
 from pliant.planning.distribution import SEARCHED
 from pliant.planning.relative import RelativeObjective
 from pliant.plans import Plan
 
 IMAGES = 256
 """Samples of the default measure."""
-EXTRACTORS = {(1, 8, 8): "digits-classifier", (3, 32, 32): "cifar10-classifier"}
 
 
 def default_objective(
@@ -27,5 +26,5 @@ def default_objective(
 
 def default_extractor(model: Denoiser) -> FeatureExtractor | None:
     """A trained extractor from the package for images of this size; None for others: `PooledFeatures`."""
-    name = next((name for shape, name in EXTRACTORS.items() if shape == tuple(model.sample_shape)), None)
+    name = bundled_extractor(model.sample_shape)
     return None if name is None else get_extractor(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from pliant.planning.objective import LEVEL, Remembered, Score
 from pliant.planning.teacher import labels_of
 from pliant.plans import AnyPlan, sample
 
+Decode: TypeAlias = Callable[[Tensor], Tensor]
+"""Latents (B, C, H, W) -> images."""
 SEARCHED = 50_000_000
 """Where the seeds of searches begin where nobody names others: 'pliant eval' and pictures begin at 0."""
 FRESH = 1_000_000_000
@@ -35,6 +37,28 @@ def apart(first: int) -> int:
     """Where a search's images begin that would begin at `first`: there, or where that is not well below `FRESH`, far
     above everything that confirms or measures."""
     return first if first < FRESH - 1_000_000 else first + 10 * FRESH
+
+
+def features_of(images: Tensor, extractor: FeatureExtractor, decode: Decode | None = None) -> Tensor:
+    """(B, D) features of samples (B, C, H, W), made images by `decode` and 8-bit first."""
+    images = images if decode is None else decode(images)
+    return extract(extractor, [to_uint8(images.float().cpu())])
+
+
+def sampled_features(
+    model: Denoiser,
+    plan: AnyPlan,
+    labels: Tensor,
+    seeds: Sequence[int],
+    extractor: FeatureExtractor,
+    batch: int,
+    decode: Decode | None = None,
+) -> Tensor:
+    """(N, D) features of a plan's samples, `batch` at a time."""
+    parts = (slice(start, start + batch) for start in range(0, len(seeds), batch))
+    return torch.cat(
+        [features_of(sample(model, plan, labels[p], seeds[p], batch), extractor, decode) for p in parts]
+    )
 
 
 class FrechetObjective(Remembered):
@@ -54,7 +78,7 @@ class FrechetObjective(Remembered):
         num: int = 500,
         first_seed: int = 0,
         batch: int = 256,
-        decode: Callable[[Tensor], Tensor] | None = None,
+        decode: Decode | None = None,
     ) -> None:
         super().__init__()
         self.model, self.reference, self.extractor = model, reference, extractor
@@ -93,13 +117,9 @@ class FrechetObjective(Remembered):
         """(num, D) features of the plan's images, sampled when first needed."""
         key = plan.digest()
         if key not in self._features:
-            parts = []
-            for start in range(0, self.num, self.batch):
-                seeds = self.seeds[start : start + self.batch]
-                images = sample(self.model, plan, self.labels[start : start + self.batch], seeds, self.batch)
-                images = images if self.decode is None else self.decode(images)
-                parts.append(extract(self.extractor, [to_uint8(images.float().cpu())]))
-            self._features[key] = torch.cat(parts)
+            self._features[key] = sampled_features(
+                self.model, plan, self.labels, self.seeds, self.extractor, self.batch, self.decode
+            )
         return self._features[key]
 
     def measure(self, plan: AnyPlan) -> Score:

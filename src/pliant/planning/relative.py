@@ -7,7 +7,6 @@ whether that distribution is a good one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -15,15 +14,14 @@ import torch
 from torch import Tensor
 
 from pliant.denoiser import Denoiser
-from pliant.evaluation import FeatureExtractor, FeatureStatistics, Reference, extract, to_uint8
-from pliant.planning.distribution import FrechetObjective
+from pliant.evaluation import FeatureExtractor, FeatureStatistics, Reference
+from pliant.planning.distribution import Decode, FrechetObjective, sampled_features
 from pliant.planning.teacher import labels_of, weights_of
-from pliant.plans import Plan, sample
+from pliant.plans import Plan
 
 GRID, BANDS = 4, 6
 REACH = 4.0
 """Latents are about normal and images end at 1: latents are divided by this before they are made 8-bit."""
-Decode = Callable[[Tensor], Tensor]
 
 
 class PooledFeatures:
@@ -58,6 +56,12 @@ def within_reach(latents: Tensor) -> Tensor:
     return latents / REACH
 
 
+def decode_for(model: Denoiser, extractor: FeatureExtractor) -> Decode | None:
+    """What makes 8-bit images of a model's samples for an extractor where nobody named an autoencoder."""
+    latents = model.config.in_channels not in (1, 3)
+    return within_reach if latents and isinstance(extractor, PooledFeatures) else None
+
+
 def teacher_features(
     model: Denoiser,
     plan: Plan,
@@ -69,13 +73,7 @@ def teacher_features(
 ) -> Tensor:
     """(num, D) features of a plan's samples, seeds first_seed, first_seed + 1, ..., classes in turn."""
     every = range(first_seed, first_seed + num)
-    labels = labels_of(model, every)
-    parts = []
-    for start in range(0, num, batch):
-        images = sample(model, plan, labels[start : start + batch], every[start : start + batch], batch)
-        images = images if decode is None else decode(images)
-        parts.append(extract(extractor, [to_uint8(images.float().cpu())]))
-    return torch.cat(parts)
+    return sampled_features(model, plan, labels_of(model, every), every, extractor, batch, decode)
 
 
 def teacher_reference(
@@ -112,8 +110,7 @@ class RelativeObjective(FrechetObjective):
         decode: Decode | None = None,
     ) -> None:
         extractor = extractor or PooledFeatures(model.config.in_channels)
-        if decode is None and isinstance(extractor, PooledFeatures) and model.config.in_channels not in (1, 3):
-            decode = within_reach
+        decode = decode or decode_for(model, extractor)
         begun = perf_counter()
         if features is None:
             features = teacher_features(model, full, extractor, num, first_seed, decode=decode)

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from pliant.errors import PlanError
-from pliant.evaluation import extract, to_uint8
 from pliant.planning.closed_form import known_for
-from pliant.planning.defaults import default_objective
-from pliant.planning.distribution import FRESH, FrechetObjective, apart
+from pliant.planning.defaults import default_extractor, default_objective
+from pliant.planning.distribution import FRESH, FrechetObjective, apart, features_of, sampled_features
 from pliant.planning.objective import Objective
+from pliant.planning.relative import PooledFeatures, decode_for
 from pliant.planning.request import Request, planner
 from pliant.planning.result import PlanResult, confirm
 from pliant.planning.routing import Router, class_means, measured_quality
 from pliant.planning.task import Task
 from pliant.planning.teacher import labels_of
-from pliant.plans import Budget, Plan, RoutedPlans, sample
+from pliant.plans import Budget, Plan, RoutedPlans
 
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 """Of the budget: what the ready plans are for, where none are given."""
@@ -112,16 +112,13 @@ def _closeness(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Minus the mean square distance of features to those of full compute's images, for all samples in this order."""
     model = task.model
-    # What an objective of another kind looks at is not known: then what the default one would.
-    seen = judge if isinstance(judge, FrechetObjective) else default_objective(model, steps=1, num=2)
-    extractor, decode = seen.extractor, seen.decode
-
-    def features(images: Tensor) -> Tensor:
-        images = images if decode is None else decode(images)
-        return extract(extractor, [to_uint8(images.float().cpu())])
-
-    wanted = features(sample(model, task.full(), labels, seeds, 256))
-    return lambda images, _: -(features(images) - wanted).square().mean(1)
+    if isinstance(judge, FrechetObjective):
+        extractor, decode = judge.extractor, judge.decode
+    else:  # what it looks at is not known: then what the default one would
+        extractor = default_extractor(model) or PooledFeatures(model.config.in_channels)
+        decode = decode_for(model, extractor)
+    wanted = sampled_features(model, task.full(), torch.tensor(labels), seeds, extractor, 256, decode)
+    return lambda images, _: -(features_of(images, extractor, decode) - wanted).square().mean(1)
 
 
 def _pruned(routed: RoutedPlans) -> RoutedPlans:
